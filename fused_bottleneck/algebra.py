@@ -1,0 +1,187 @@
+"""The coefficient algebra between the stages: small, exact, one function per formula.
+
+Symbols (docs/algebra.md derives them; tests/test_algebra.py checks each against autograd):
+
+* ``Q`` pixels, ``K`` operand channels, ``W`` output channels of a 1x1 convolution.
+* ``D`` ``[Q, K]``: the centred operand, ``D = a - centre`` for a constant vector ``centre``.
+* ``mean_d`` ``[K]``, ``cov`` ``[K, K]``: mean and (biased) covariance of the rows of D.
+* ``scale = gamma * invstd``; ``xhat = (y - mean) * invstd``.
+* ``g = grad_out * [out > 0]``, ``sum_g`` its column sums, ``S = g^T D`` ``[W, K]``.
+
+All vectors and matrices here are in the accumulation dtype (``accumulation_dtype``), whatever the
+dtype of the activations. A weight enters every formula as the product sees it, that is rounded to
+the compute dtype first.
+
+With *batch* statistics a normalisation uses the mean and variance of its input; with *fixed*
+statistics (eval mode, frozen) it uses given ones, and the terms that come from differentiating the
+statistics vanish.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and coefficients: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def inverse_std(var: Tensor, eps: float) -> Tensor:
+    """``1 / sqrt(var + eps)``, ``[C]``."""
+    return torch.rsqrt(var + eps)
+
+
+def bn_scale(gamma: Tensor | None, invstd: Tensor) -> Tensor:
+    """``gamma * invstd``, ``[C]``; gamma None counts as one (affine=False)."""
+    return invstd if gamma is None else gamma.to(invstd.dtype) * invstd
+
+
+def relu_of_shift(beta: Tensor | None, like: Tensor) -> Tensor:
+    """``relu(beta)``, ``[C]``: what relu(BN(y)) is where y equals its mean; the natural centre."""
+    return torch.zeros_like(like) if beta is None else torch.relu(beta.to(like.dtype))
+
+
+class BnBackward(NamedTuple):
+    """Coefficients of ``dy = scale * (g - k0 - (y - mean) * k1)``; k0, k1 None when fixed."""
+
+    scale: Tensor
+    k0: Tensor | None
+    k1: Tensor | None
+
+
+def bn_backward_coefficients(
+    scale: Tensor, invstd: Tensor, sum_g: Tensor, sum_g_xhat: Tensor, count: int, batch: bool
+) -> BnBackward:
+    """The gradient of a batch normalisation as an elementwise map of (g, y).
+
+    ``dy = scale * (g - sum_g/count - xhat * sum_g_xhat/count)`` with batch statistics,
+    ``dy = scale * g`` with fixed ones. ``sum_g`` is dbeta and ``sum_g_xhat`` is dgamma.
+    """
+    if not batch:
+        return BnBackward(scale, None, None)
+    return BnBackward(scale, sum_g / count, invstd * sum_g_xhat / count)
+
+
+# A 1x1 convolution followed by a normalisation, folded into one product (conv3+bn3, downsample).
+
+
+def folded_variance(weight: Tensor, cov: Tensor) -> Tensor:
+    """Variance of ``D weight^T`` per output channel: ``rowsum((weight cov) * weight)``, ``[W]``.
+
+    Clamped at zero: a rank-deficient covariance can round to slightly below it.
+    """
+    return ((weight @ cov) * weight).sum(1).clamp_min_(0)
+
+
+def folded_offset(
+    weight: Tensor, centre: Tensor, mean_d: Tensor | None, fixed_mean: Tensor | None
+) -> Tensor:
+    """``weight centre - mean``, ``[W]``, where mean is that of the convolution's output.
+
+    Then ``xhat = invstd * (D weight^T + offset)``. With batch statistics the mean is
+    ``weight (mean_d + centre)``, so the offset is ``-weight mean_d`` and the centre cancels.
+    Fixed statistics do not cancel it: that difference is taken in float64.
+    """
+    if mean_d is not None:
+        return -(weight @ mean_d)
+    assert fixed_mean is not None
+    offset = weight.double() @ centre.double() - fixed_mean.double()
+    return offset.to(weight.dtype)
+
+
+class Folded(NamedTuple):
+    """One product ``D weight^T + shift`` that equals BN(conv(a)); weight in the compute dtype."""
+
+    weight: Tensor
+    shift: Tensor
+
+
+def folded_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``round(scale * weight)``, ``[W, K]`` in the compute dtype: Wf, and a of the gradient."""
+    return (scale[:, None] * weight).to(dtype)
+
+
+def fold(
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    beta: Tensor | None,
+    mean_d: Tensor | None,
+    dtype: torch.dtype,
+) -> Folded:
+    """Fold a normalisation into the convolution before it.
+
+    ``weight_f = round(scale * weight)``; ``shift = beta - weight_f mean_d`` with batch statistics
+    (with the rounded weight, so that the mean of the output is exactly beta), else
+    ``beta + scale * offset``.
+    """
+    folded = folded_weight(weight, scale, dtype)
+    shift = scale * offset if mean_d is None else -(folded.to(weight.dtype) @ mean_d)
+    if beta is not None:
+        shift = shift + beta.to(shift.dtype)
+    return Folded(folded, shift)
+
+
+def folded_dgamma(
+    weight: Tensor, invstd: Tensor, offset: Tensor, s: Tensor, sum_g: Tensor
+) -> Tensor:
+    """``sum(g * xhat) = invstd * (rowsum(S * weight) + offset * sum_g)``, ``[W]``."""
+    return invstd * ((s * weight).sum(1) + offset * sum_g)
+
+
+def folded_dweight(
+    weight: Tensor,
+    scale: Tensor,
+    invstd: Tensor,
+    centre: Tensor,
+    mean_d: Tensor | None,
+    cov: Tensor | None,
+    s: Tensor,
+    sum_g: Tensor,
+    dgamma: Tensor,
+) -> Tensor:
+    """Gradient of the convolution's weight, ``[W, K]``.
+
+    Batch: ``scale * (S - sum_g mean_d^T - (dgamma * invstd) * (weight cov))``;
+    fixed: ``scale * (S + sum_g centre^T)``. Scales multiply rows.
+    """
+    if mean_d is None or cov is None:
+        grad = torch.addr(s, sum_g, centre)
+    else:
+        grad = torch.addr(s, sum_g, mean_d, alpha=-1)
+        grad.sub_((dgamma * invstd)[:, None] * (weight @ cov))
+    return grad.mul_(scale[:, None])
+
+
+class OperandGrad(NamedTuple):
+    """``grad_a = g a + D b + shift``: matrices in the compute dtype; b, shift None when fixed."""
+
+    a: Tensor
+    b: Tensor | None
+    shift: Tensor | None
+
+
+def folded_operand_grad(
+    weight: Tensor,
+    a: Tensor,
+    scale: Tensor,
+    invstd: Tensor,
+    mean_d: Tensor | None,
+    sum_g: Tensor,
+    dgamma: Tensor,
+    count: int,
+) -> OperandGrad:
+    """Gradient of the operand as one product over ``[g | D]``.
+
+    ``a`` is ``folded_weight``. With batch statistics also
+    ``b = -weight^T diag(scale * invstd * dgamma / count) weight`` ``[K, K]`` (rounded) and
+    ``shift = -(scale * sum_g / count) weight - mean_d b`` ``[K]``.
+    """
+    if mean_d is None:
+        return OperandGrad(a, None, None)
+    k = scale * invstd * dgamma / count
+    b = (-(weight.t() @ (k[:, None] * weight))).to(a.dtype)
+    shift = -((scale * sum_g / count) @ weight) - mean_d @ b.to(weight.dtype)
+    return OperandGrad(a, b, shift)

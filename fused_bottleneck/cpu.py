@@ -1,0 +1,322 @@
+"""The stages on CPU: oneDNN convolutions through aten, everything around them in C++ passes.
+
+What is wide goes in chunks of images: the product of a chunk and the pass over it happen while it
+is in cache, so that of the wide tensors only x, out, grad_out and grad_x touch memory. Narrow
+operands are materialised into scratch once per run and found again by the later stages.
+"""
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from .algebra import OperandGrad
+from .operands import (
+    POINTWISE,
+    Activation,
+    ConvGrad,
+    Geometry,
+    MaskedGrad,
+    StridedInput,
+    matrix,
+    pixels,
+)
+from .scratch import Lease, large_empty
+from .stages import (
+    FoldedTerm,
+    GradSums,
+    InputTerm,
+    Moments,
+    Operand,
+    Stages,
+    conv2d,
+    conv2d_backward,
+)
+
+_passes = torch.ops.fused_bottleneck
+
+# A chunk of a wide tensor should stay in the last-level cache together with what it is made from,
+# and be large against the weights, which every product reads anew.
+_CHUNK_BYTES = 7 * 2**20
+_CHUNK_PER_WEIGHT = 8
+
+
+def _pointwise(weight: Tensor) -> Tensor:
+    """A matrix as the weight of a 1x1 convolution."""
+    return weight[:, :, None, None]
+
+
+def _pixel_product(g: Tensor, d: Tensor) -> Tensor:
+    """``g^T d`` over pixels, ``[W, K]``, in the accumulation dtype.
+
+    In float32 it is the weight gradient of a 1x1 convolution: faster than the matrix product here.
+    """
+    if g.dtype == torch.float32:
+        like = g.new_empty(g.shape[1], d.shape[1], 1, 1)
+        return conv2d_backward(g, d, like, POINTWISE, (False, True))[1].flatten(1)
+    if g.dtype == torch.float64:
+        return matrix(g).t() @ matrix(d)
+    return matrix(g).float().t() @ matrix(d).float()
+
+
+class CpuStages(Stages):
+    """The stages with C++ passes (csrc/cpu); see ``Stages`` for what each computes."""
+
+    def __init__(self) -> None:
+        self._lease = Lease()
+        self._materialised: dict[tuple[str, int], Tensor] = {}
+        self._products: list[list[Tensor]] = []
+
+    def __enter__(self) -> "CpuStages":
+        self._lease.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._materialised.clear()
+        self._products.clear()
+        self._lease.__exit__(kind, error, trace)
+
+    def _scratch(self, like: Tensor) -> Tensor:
+        return self._lease.take(like.shape, like.dtype)
+
+    def channels_last(self, t: Tensor) -> Tensor:
+        if t.is_contiguous(memory_format=torch.channels_last):
+            return t
+        return self._scratch(t).copy_(t)
+
+    # Operands, materialised once per run.
+
+    def _operand(self, operand: Operand | Tensor) -> Tensor:
+        if isinstance(operand, Tensor):
+            return operand
+        if isinstance(operand, StridedInput):
+            return self._strided_input(operand)
+        key = ("activation", id(operand.y))
+        if key not in self._materialised:
+            out = self._scratch(operand.y)
+            _passes.bn_apply_(matrix(operand.y), *operand[1:], True, matrix(out))
+            self._materialised[key] = out
+        return self._materialised[key]
+
+    def _strided_input(self, operand: StridedInput) -> Tensor:
+        key = ("strided", id(operand.x))
+        if key not in self._materialised:
+            source = operand.view()
+            out = self._lease.take(source.shape, source.dtype)
+            torch.sub(source, operand.centre.to(source.dtype).view(1, -1, 1, 1), out=out)
+            self._materialised[key] = out
+        return self._materialised[key]
+
+    def _conv_grad(self, grad: ConvGrad) -> Tensor:
+        """dy, in place of g: nothing reads g after it."""
+        key = ("gradient", id(grad.y))
+        if key not in self._materialised:
+            g = matrix(grad.g)
+            _passes.bn_backward_(g, matrix(grad.y), *grad[2:], g)
+            self._materialised[key] = grad.g
+        return self._materialised[key]
+
+    def _moments(self, y: Tensor) -> Moments:
+        mean, m2 = _passes.channel_moments(matrix(y))
+        return Moments(mean, m2 / pixels(y))
+
+    def _chunks(self, wide: Tensor, weight_elements: int) -> Iterator[tuple[int, int]]:
+        """Ranges of images whose part of a wide tensor stays in cache."""
+        image = wide[0].numel() * wide.element_size()
+        weight = weight_elements * wide.element_size()
+        count = max(1, max(_CHUNK_BYTES, _CHUNK_PER_WEIGHT * weight) // image)
+        for start in range(0, wide.shape[0], count):
+            yield start, min(start + count, wide.shape[0])
+
+    # Forward.
+
+    def gram(self, operand: Operand) -> tuple[Tensor, Tensor]:
+        d = self._operand(operand)
+        mean = _passes.channel_moments(matrix(d))[0]
+        return mean, _pixel_product(d, d) / pixels(d) - torch.outer(mean, mean)
+
+    def activation(self, act: Activation, channels_last: bool) -> Tensor:
+        if not channels_last:
+            return self._operand(act).contiguous()
+        out = large_empty(act.y.shape, act.y.dtype, channels_last=True)
+        _passes.bn_apply_(matrix(act.y), *act[1:], True, matrix(out))
+        return out
+
+    def tail_forward(
+        self, terms: Sequence[FoldedTerm], residual: Tensor | None, channels_last: bool
+    ) -> tuple[Tensor, Tensor]:
+        operands = [self._operand(term.operand) for term in terms]
+        weights = [_pointwise(term.folded.weight) for term in terms]
+        shift = terms[0].folded.shift
+        if len(terms) > 1:
+            shift = shift + terms[1].folded.shift
+        n, _, h, w = operands[0].shape
+        channels = weights[0].shape[0]
+        dtype = operands[0].dtype
+        out = large_empty((n, channels, h, w), dtype, channels_last)
+        mask = torch.empty(n * h * w, -(-channels // 8), dtype=torch.uint8)
+        for i, j in self._chunks(out, sum(weight.numel() for weight in weights)):
+            value = conv2d(operands[0][i:j], weights[0])
+            if residual is None:
+                added = conv2d(operands[1][i:j], weights[1])
+            else:
+                added = residual[i:j].contiguous(memory_format=torch.channels_last)
+            rows = out[i:j] if channels_last else value
+            _passes.residual_relu_(
+                matrix(value),
+                None,
+                None,
+                shift,
+                matrix(added),
+                matrix(rows),
+                mask[i * h * w : j * h * w],
+            )
+            if not channels_last:
+                out[i:j] = rows
+        return out, mask
+
+    # Backward.
+
+    def tail_wgrad(
+        self, grad: MaskedGrad, operands: Sequence[Operand], weights: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """B1, and ``g a`` of every operand in the same pass over g (kept for B2 and B6)."""
+        narrow = [self._operand(operand) for operand in operands]
+        transposed = [_pointwise(a.t().contiguous()) for a in weights]
+        sums: list[Tensor] = []
+        products: list[list[Tensor]] = []
+        self._products = [[] for _ in operands]
+        chunks = list(self._chunks(grad.grad_out, sum(a.numel() for a in weights)))
+        buffer = self._scratch(grad.grad_out[: chunks[0][1]])
+        for i, j in chunks:
+            g, sum_g = self._masked_chunk(grad, i, j, buffer[: j - i])
+            sums.append(sum_g)
+            products.append([_pixel_product(g, d[i:j]) for d in narrow])
+            for kept, a in zip(self._products, transposed, strict=True):
+                kept.append(conv2d(g, a))
+        totals = [sum(column[1:], column[0]) for column in zip(*products, strict=True)]
+        return sum(sums[1:], sums[0]), totals
+
+    def _masked_chunk(
+        self, grad: MaskedGrad, i: int, j: int, buffer: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """g of images i to j, in the buffer, and its column sums."""
+        size = grad.grad_out.shape[2] * grad.grad_out.shape[3]
+        source = grad.grad_out[i:j]
+        if not source.is_contiguous(memory_format=torch.channels_last):
+            source = buffer.copy_(source)
+        rows = grad.mask[i * size : j * size]
+        return buffer, _passes.mask_grad_(matrix(source), rows, matrix(buffer))
+
+    def _operand_grad_chunks(
+        self, index: int, operand: Operand, grad: OperandGrad
+    ) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+        """Chunks of ``g a`` (from B1) and ``D b``: first image, last image, the two products."""
+        d = self._operand(operand)
+        b = None if grad.b is None else _pointwise(grad.b.t().contiguous())
+        start = 0
+        for product in self._products[index]:
+            stop = start + product.shape[0]
+            yield start, stop, product, None if b is None else conv2d(d[start:stop], b)
+            start = stop
+
+    def _reduce(
+        self,
+        grad: Tensor,
+        addend: Tensor | None,
+        shift: Tensor | None,
+        act: Activation,
+        invstd: Tensor,
+        out: Tensor,
+    ) -> GradSums:
+        """``out = (grad + addend + shift) * [a > 0]`` and its two sums."""
+        sums = _passes.bn_backward_reduce_(
+            matrix(grad),
+            None if addend is None else matrix(addend),
+            shift,
+            matrix(act.y),
+            act.mean,
+            invstd,
+            act.scale,
+            act.beta,
+            True,
+            matrix(out),
+        )
+        return GradSums(*sums)
+
+    def relu_backward(
+        self, grad_out: Tensor, act: Activation, invstd: Tensor
+    ) -> tuple[Tensor, GradSums]:
+        g = self._scratch(act.y)
+        return g, self._reduce(self.channels_last(grad_out), None, None, act, invstd, g)
+
+    def tail_dgrad(
+        self, grad: MaskedGrad, act: Activation, coefficients: OperandGrad, invstd: Tensor
+    ) -> tuple[Tensor, GradSums]:
+        g = self._scratch(act.y)
+        sums: list[GradSums] = []
+        for i, j, product, addend in self._operand_grad_chunks(0, act, coefficients):
+            part = act._replace(y=act.y[i:j])
+            sums.append(self._reduce(product, addend, coefficients.shift, part, invstd, g[i:j]))
+        self._products[0] = []
+        total = GradSums(*(sum(column[1:], column[0]) for column in zip(*sums, strict=True)))
+        return g, total
+
+    def conv_dgrad(
+        self, grad: ConvGrad, weight: Tensor, geometry: Geometry, act: Activation, invstd: Tensor
+    ) -> tuple[Tensor, GradSums]:
+        dy = self._conv_grad(grad)
+        value, _ = conv2d_backward(dy, act.y, weight, geometry, (True, False))
+        value = value.contiguous(memory_format=torch.channels_last)
+        return value, self._reduce(value, None, None, act, invstd, value)
+
+    def masked_grad(self, grad: MaskedGrad) -> Tensor:
+        g = large_empty(grad.grad_out.shape, grad.grad_out.dtype, channels_last=True)
+        self._masked_chunk(grad, 0, g.shape[0], g)
+        return g
+
+    def input_dgrad(
+        self,
+        grad: ConvGrad,
+        x: Tensor,
+        weight: Tensor,
+        geometry: Geometry,
+        residual: MaskedGrad | None,
+        downsample: InputTerm | None,
+        channels_last: bool,
+    ) -> Tensor:
+        if downsample is None and residual is not None:
+            return self._identity_dgrad(self._conv_grad(grad), weight, residual, channels_last)
+        grad_x, _ = conv2d_backward(self._conv_grad(grad), x, weight, geometry, (True, False))
+        if downsample is not None:
+            self._add_downsample(grad_x, *downsample)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return grad_x.contiguous(memory_format=layout)
+
+    def _identity_dgrad(
+        self, dy: Tensor, weight: Tensor, residual: MaskedGrad, channels_last: bool
+    ) -> Tensor:
+        """``dy W1 + g``, a chunk of images at a time."""
+        grad_out = residual.grad_out
+        grad_x = large_empty(grad_out.shape, dy.dtype, channels_last)
+        transposed = weight.transpose(0, 1).contiguous()
+        chunks = list(self._chunks(grad_x, weight.numel()))
+        buffer = self._scratch(grad_out[: chunks[0][1]])
+        for i, j in chunks:
+            g, _ = self._masked_chunk(residual, i, j, buffer[: j - i])
+            torch.add(conv2d(dy[i:j], transposed), g, out=grad_x[i:j])
+        return grad_x
+
+    def _add_downsample(self, grad_x: Tensor, operand: StridedInput, grad: OperandGrad) -> None:
+        """``grad_x[strided] += g a + D b + shift``."""
+        target = operand._replace(x=grad_x).view()
+        for i, j, product, addend in self._operand_grad_chunks(1, operand, grad):
+            if addend is not None and grad.shift is not None:
+                product = product.add_(addend).add_(grad.shift.view(1, -1, 1, 1))
+            target[i:j].add_(product)

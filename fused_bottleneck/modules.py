@@ -1,0 +1,41 @@
+"""What the fused modules share: reading children at call time, and their counters."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .functional import BatchNorm, Conv
+
+
+def conv_arguments(conv: nn.Conv2d) -> Conv:
+    """The arguments of ``F.conv2d`` that this child stands for now."""
+    return Conv(
+        conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups  # type: ignore[arg-type]
+    )
+
+
+def _momentum(bn: nn.BatchNorm2d) -> float | Tensor:
+    """The weight of the next batch in the running statistics; momentum None: the plain average."""
+    if bn.momentum is not None:
+        return bn.momentum
+    if bn.num_batches_tracked is None:
+        return 0.0
+    return 1.0 / (bn.num_batches_tracked + 1).double()
+
+
+def batch_norm_arguments(bn: nn.BatchNorm2d) -> BatchNorm:
+    """The arguments of ``F.batch_norm`` that this child stands for now (nn's rules)."""
+    batch = bn.training or (bn.running_mean is None and bn.running_var is None)
+    keep = not batch or (bn.training and bn.track_running_stats)
+    running = (bn.running_mean, bn.running_var) if keep else (None, None)
+    momentum = _momentum(bn) if batch and keep else 0.0
+    return BatchNorm(bn.weight, bn.bias, *running, batch, momentum, bn.eps)
+
+
+@torch.no_grad()
+def count_batches(norms: Iterable[nn.BatchNorm2d]) -> None:
+    """num_batches_tracked += 1 where nn does: training and tracking."""
+    for bn in norms:
+        if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
