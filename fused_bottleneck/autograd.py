@@ -120,9 +120,7 @@ class ConvBNReLUFunction(torch.autograd.Function):
     """``relu(bn(conv(x)))``, one unit."""
 
     @staticmethod
-    def forward(
-        ctx: Any, plan: Plan, x: Tensor, *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: Plan, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         out, saved, moments = _ops.conv_bn_relu_forward(x, *_forward_fields(plan, tensors))
         ctx.plan = plan
         _save(ctx, x, tensors, saved)
@@ -135,9 +133,7 @@ class ConvBNReLUFunction(torch.autograd.Function):
         needs = _needs(ctx, fixed=1)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             columns = (weights, biases, gammas, betas)
-            grads = double_backward.conv_bn_relu_grads(
-                ctx.plan, grad_out, x, columns, saved, needs
-            )
+            grads = double_backward.conv_bn_relu_grads(ctx.plan, grad_out, x, columns, saved, needs)
         else:
             grads = _ops.conv_bn_relu_backward(
                 grad_out,

@@ -5,19 +5,8 @@ from torch import Tensor, nn
 
 from . import checks, functional
 from .functional import Unit
-from .modules import batch_norm_arguments, conv_arguments, count_batches
+from .modules import batch_norm_arguments, conv_arguments, conv_bn_of, count_batches
 from .reference import Bottleneck
-
-
-def is_conv_bn(module: nn.Module) -> bool:
-    """Whether a downsample is exactly conv1x1 + BN, so that it can be fused rather than called."""
-    if type(module) is not nn.Sequential or len(module) != 2:
-        return False
-    conv, bn = module[0], module[1]
-    own = checks.child("downsample", module, nn.Sequential)
-    if own or checks.child("conv", conv, nn.Conv2d) or checks.child("bn", bn, nn.BatchNorm2d):
-        return False
-    return conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
 
 
 class FusedBottleneck(Bottleneck):
@@ -61,13 +50,14 @@ class FusedBottleneck(Bottleneck):
         if self._problem(cast, units) is not None:
             return self.composed(x)
         shortcut = None
-        if self._calls_downsample():
-            called = self.identity_downsample(x)
+        downsample = self._called_downsample()
+        if downsample is not None:
+            called = downsample(x)
             shortcut = functional.autocast_shortcut(called, cast)
             if checks.residual(cast, units, shortcut) is not None:
                 return self._add_composed(x, called)
         out = functional.run_bottleneck(cast, units, shortcut)
-        count_batches(self._norms())
+        count_batches(bn for _, bn in self._pairs())
         return out
 
     def _add_composed(self, x: Tensor, shortcut: Tensor) -> Tensor:
@@ -76,29 +66,23 @@ class FusedBottleneck(Bottleneck):
         out += shortcut
         return self.relu(out)
 
-    def _calls_downsample(self) -> bool:
+    def _called_downsample(self) -> nn.Module | None:
+        """The downsample, if it is one that must be called as a module."""
         downsample = self.identity_downsample
-        return downsample is not None and not is_conv_bn(downsample)
+        return None if conv_bn_of(downsample) is not None else downsample
 
-    def _norms(self) -> list[nn.BatchNorm2d]:
-        norms = [self.bn1, self.bn2, self.bn3]
-        if self.identity_downsample is not None and not self._calls_downsample():
-            norms.append(self.identity_downsample[1])
-        return norms
+    def _pairs(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        """The convolutions and normalisations to fuse."""
+        pairs = [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
+        downsample = conv_bn_of(self.identity_downsample)
+        return pairs if downsample is None else [*pairs, downsample]
 
     def _units(self) -> list[Unit]:
-        convs = [self.conv1, self.conv2, self.conv3]
-        norms = self._norms()
-        if len(norms) > 3:
-            convs.append(self.identity_downsample[0])
-        return [
-            (conv_arguments(conv), batch_norm_arguments(bn))
-            for conv, bn in zip(convs, norms, strict=True)
-        ]
+        return [(conv_arguments(conv), batch_norm_arguments(bn)) for conv, bn in self._pairs()]
 
     def _problem(self, x: Tensor, units: list[Unit]) -> checks.Problem:
         problem = checks.bottleneck(x, units)
-        if problem is None and not self._calls_downsample():
+        if problem is None and self._called_downsample() is None:
             problem = checks.residual(x, units, None)
         return problem
 

@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from .algebra import OperandGrad
+from .algebra import OperandGrad, accumulation_dtype
 from .operands import (
     POINTWISE,
     Activation,
@@ -24,6 +24,7 @@ from .operands import (
 )
 from .scratch import Lease, large_empty
 from .stages import (
+    ConvTerm,
     FoldedTerm,
     GradSums,
     InputTerm,
@@ -47,6 +48,18 @@ def _pointwise(weight: Tensor) -> Tensor:
     return weight[:, :, None, None]
 
 
+def _key(operand: Operand | ConvGrad) -> tuple[str, int]:
+    """What names an operand within a run: its kind and the tensor that it is made from."""
+    tensor = operand.x if isinstance(operand, StridedInput) else operand.y
+    return type(operand).__name__, id(tensor)
+
+
+def _bn_apply(act: Activation, relu: bool, out: Tensor) -> None:
+    """The activation, with or without its ReLU, into out."""
+    y, mean, scale, beta, centre = act
+    _passes.bn_apply_(matrix(y), mean, scale, beta, centre, relu, matrix(out))
+
+
 def _pixel_product(g: Tensor, d: Tensor) -> Tensor:
     """``g^T d`` over pixels, ``[W, K]``, in the accumulation dtype.
 
@@ -66,7 +79,7 @@ class CpuStages(Stages):
     def __init__(self) -> None:
         self._lease = Lease()
         self._materialised: dict[tuple[str, int], Tensor] = {}
-        self._products: list[list[Tensor]] = []
+        self._products: dict[tuple[str, int], list[Tensor]] = {}
 
     def __enter__(self) -> "CpuStages":
         self._lease.__enter__()
@@ -97,15 +110,15 @@ class CpuStages(Stages):
             return operand
         if isinstance(operand, StridedInput):
             return self._strided_input(operand)
-        key = ("activation", id(operand.y))
+        key = _key(operand)
         if key not in self._materialised:
             out = self._scratch(operand.y)
-            _passes.bn_apply_(matrix(operand.y), *operand[1:], True, matrix(out))
+            _bn_apply(operand, True, out)
             self._materialised[key] = out
         return self._materialised[key]
 
     def _strided_input(self, operand: StridedInput) -> Tensor:
-        key = ("strided", id(operand.x))
+        key = _key(operand)
         if key not in self._materialised:
             source = operand.view()
             out = self._lease.take(source.shape, source.dtype)
@@ -115,7 +128,7 @@ class CpuStages(Stages):
 
     def _conv_grad(self, grad: ConvGrad) -> Tensor:
         """dy, in place of g: nothing reads g after it."""
-        key = ("gradient", id(grad.y))
+        key = _key(grad)
         if key not in self._materialised:
             g = matrix(grad.g)
             _passes.bn_backward_(g, matrix(grad.y), *grad[2:], g)
@@ -145,35 +158,48 @@ class CpuStages(Stages):
         if not channels_last:
             return self._operand(act).contiguous()
         out = large_empty(act.y.shape, act.y.dtype, channels_last=True)
-        _passes.bn_apply_(matrix(act.y), *act[1:], True, matrix(out))
+        _bn_apply(act, True, out)
         return out
 
+    def normalise_(self, act: Activation) -> Tensor:
+        _bn_apply(act, False, act.y)
+        return act.y
+
+    def _value_chunk(self, source: FoldedTerm | Tensor, i: int, j: int) -> Tensor:
+        """Images i to j of a residual, or of a term without its shift."""
+        if isinstance(source, Tensor):
+            return source[i:j].contiguous(memory_format=torch.channels_last)
+        return conv2d(self._operand(source.operand)[i:j], _pointwise(source.folded.weight))
+
+    def _tail_shape(self, source: FoldedTerm | Tensor) -> tuple[int, ...]:
+        if isinstance(source, Tensor):
+            return tuple(source.shape)
+        n, _, h, w = self._operand(source.operand).shape
+        return n, source.folded.weight.shape[0], h, w
+
     def tail_forward(
-        self, terms: Sequence[FoldedTerm], residual: Tensor | None, channels_last: bool
+        self, terms: Sequence[FoldedTerm], residuals: Sequence[Tensor], channels_last: bool
     ) -> tuple[Tensor, Tensor]:
-        operands = [self._operand(term.operand) for term in terms]
-        weights = [_pointwise(term.folded.weight) for term in terms]
-        shift = terms[0].folded.shift
-        if len(terms) > 1:
-            shift = shift + terms[1].folded.shift
-        n, _, h, w = operands[0].shape
-        channels = weights[0].shape[0]
-        dtype = operands[0].dtype
-        out = large_empty((n, channels, h, w), dtype, channels_last)
+        sources: list[FoldedTerm | Tensor] = [*terms, *residuals]
+        first, second = sources
+        shape = self._tail_shape(first)
+        dtype = (first if isinstance(first, Tensor) else first.folded.weight).dtype
+        n, channels, h, w = shape
+        shift = torch.zeros(channels, dtype=accumulation_dtype(dtype))
+        for term in terms:
+            shift += term.folded.shift
+        out = large_empty(shape, dtype, channels_last)
         mask = torch.empty(n * h * w, -(-channels // 8), dtype=torch.uint8)
-        for i, j in self._chunks(out, sum(weight.numel() for weight in weights)):
-            value = conv2d(operands[0][i:j], weights[0])
-            if residual is None:
-                added = conv2d(operands[1][i:j], weights[1])
-            else:
-                added = residual[i:j].contiguous(memory_format=torch.channels_last)
-            rows = out[i:j] if channels_last else value
+        chunks = list(self._chunks(out, sum(term.folded.weight.numel() for term in terms)))
+        buffer = out if channels_last else self._scratch(out[: chunks[0][1]])
+        for i, j in chunks:
+            rows = out[i:j] if channels_last else buffer[: j - i]
             _passes.residual_relu_(
-                matrix(value),
+                matrix(self._value_chunk(first, i, j)),
                 None,
                 None,
                 shift,
-                matrix(added),
+                matrix(self._value_chunk(second, i, j)),
                 matrix(rows),
                 mask[i * h * w : j * h * w],
             )
@@ -191,15 +217,15 @@ class CpuStages(Stages):
         transposed = [_pointwise(a.t().contiguous()) for a in weights]
         sums: list[Tensor] = []
         products: list[list[Tensor]] = []
-        self._products = [[] for _ in operands]
+        kept = [self._products.setdefault(_key(operand), []) for operand in operands]
         chunks = list(self._chunks(grad.grad_out, sum(a.numel() for a in weights)))
         buffer = self._scratch(grad.grad_out[: chunks[0][1]])
         for i, j in chunks:
             g, sum_g = self._masked_chunk(grad, i, j, buffer[: j - i])
             sums.append(sum_g)
             products.append([_pixel_product(g, d[i:j]) for d in narrow])
-            for kept, a in zip(self._products, transposed, strict=True):
-                kept.append(conv2d(g, a))
+            for chunks_of, a in zip(kept, transposed, strict=True):
+                chunks_of.append(conv2d(g, a))
         totals = [sum(column[1:], column[0]) for column in zip(*products, strict=True)]
         return sum(sums[1:], sums[0]), totals
 
@@ -215,13 +241,13 @@ class CpuStages(Stages):
         return buffer, _passes.mask_grad_(matrix(source), rows, matrix(buffer))
 
     def _operand_grad_chunks(
-        self, index: int, operand: Operand, grad: OperandGrad
+        self, operand: Operand, grad: OperandGrad
     ) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
         """Chunks of ``g a`` (from B1) and ``D b``: first image, last image, the two products."""
         d = self._operand(operand)
         b = None if grad.b is None else _pointwise(grad.b.t().contiguous())
         start = 0
-        for product in self._products[index]:
+        for product in self._products.pop(_key(operand)):
             stop = start + product.shape[0]
             yield start, stop, product, None if b is None else conv2d(d[start:stop], b)
             start = stop
@@ -256,15 +282,25 @@ class CpuStages(Stages):
         g = self._scratch(act.y)
         return g, self._reduce(self.channels_last(grad_out), None, None, act, invstd, g)
 
+    def masked_reduce(
+        self, grad: MaskedGrad, y: Tensor, mean: Tensor, invstd: Tensor
+    ) -> tuple[Tensor, GradSums]:
+        g = self._scratch(y)
+        self._masked_chunk(grad, 0, y.shape[0], g)
+        rows = matrix(g)
+        sums = _passes.bn_backward_reduce_(
+            rows, None, None, matrix(y), mean, invstd, None, None, False, rows
+        )
+        return g, GradSums(*sums)
+
     def tail_dgrad(
         self, grad: MaskedGrad, act: Activation, coefficients: OperandGrad, invstd: Tensor
     ) -> tuple[Tensor, GradSums]:
         g = self._scratch(act.y)
         sums: list[GradSums] = []
-        for i, j, product, addend in self._operand_grad_chunks(0, act, coefficients):
+        for i, j, product, addend in self._operand_grad_chunks(act, coefficients):
             part = act._replace(y=act.y[i:j])
             sums.append(self._reduce(product, addend, coefficients.shift, part, invstd, g[i:j]))
-        self._products[0] = []
         total = GradSums(*(sum(column[1:], column[0]) for column in zip(*sums, strict=True)))
         return g, total
 
@@ -283,40 +319,39 @@ class CpuStages(Stages):
 
     def input_dgrad(
         self,
-        grad: ConvGrad,
+        conv: ConvTerm,
         x: Tensor,
-        weight: Tensor,
-        geometry: Geometry,
-        residual: MaskedGrad | None,
-        downsample: InputTerm | None,
+        identity: MaskedGrad | None,
+        downsample: InputTerm | ConvTerm | None,
         channels_last: bool,
     ) -> Tensor:
-        if downsample is None and residual is not None:
-            return self._identity_dgrad(self._conv_grad(grad), weight, residual, channels_last)
-        grad_x, _ = conv2d_backward(self._conv_grad(grad), x, weight, geometry, (True, False))
-        if downsample is not None:
-            self._add_downsample(grad_x, *downsample)
+        if identity is not None:
+            return self._identity_dgrad(conv, identity, channels_last)
+        grad_x = self._conv_input_grad(conv, x)
+        if isinstance(downsample, ConvTerm):
+            grad_x += self._conv_input_grad(downsample, x)
+        elif downsample is not None:
+            self._add_downsample(grad_x, downsample)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         return grad_x.contiguous(memory_format=layout)
 
-    def _identity_dgrad(
-        self, dy: Tensor, weight: Tensor, residual: MaskedGrad, channels_last: bool
-    ) -> Tensor:
+    def _identity_dgrad(self, conv: ConvTerm, identity: MaskedGrad, channels_last: bool) -> Tensor:
         """``dy W1 + g``, a chunk of images at a time."""
-        grad_out = residual.grad_out
-        grad_x = large_empty(grad_out.shape, dy.dtype, channels_last)
-        transposed = weight.transpose(0, 1).contiguous()
-        chunks = list(self._chunks(grad_x, weight.numel()))
-        buffer = self._scratch(grad_out[: chunks[0][1]])
+        dy = self._conv_grad(conv.grad)
+        transposed = conv.weight.transpose(0, 1).contiguous()
+        grad_x = large_empty(identity.grad_out.shape, dy.dtype, channels_last)
+        chunks = list(self._chunks(grad_x, transposed.numel()))
+        buffer = self._scratch(identity.grad_out[: chunks[0][1]])
         for i, j in chunks:
-            g, _ = self._masked_chunk(residual, i, j, buffer[: j - i])
+            g, _ = self._masked_chunk(identity, i, j, buffer[: j - i])
             torch.add(conv2d(dy[i:j], transposed), g, out=grad_x[i:j])
         return grad_x
 
-    def _add_downsample(self, grad_x: Tensor, operand: StridedInput, grad: OperandGrad) -> None:
+    def _add_downsample(self, grad_x: Tensor, term: InputTerm) -> None:
         """``grad_x[strided] += g a + D b + shift``."""
-        target = operand._replace(x=grad_x).view()
-        for i, j, product, addend in self._operand_grad_chunks(1, operand, grad):
-            if addend is not None and grad.shift is not None:
-                product = product.add_(addend).add_(grad.shift.view(1, -1, 1, 1))
+        target = term.operand._replace(x=grad_x).view()
+        coefficients = term.coefficients
+        for i, j, product, addend in self._operand_grad_chunks(term.operand, coefficients):
+            if addend is not None and coefficients.shift is not None:
+                product = product.add_(addend).add_(coefficients.shift.view(1, -1, 1, 1))
             target[i:j].add_(product)

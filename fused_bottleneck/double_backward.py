@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .program import FoldedState, NarrowState
+from .operands import pixels
 from .stages import conv2d, unpack_bits
+from .tail import TailState, unpack_states
+from .units import UnitState
 
 if TYPE_CHECKING:
     from .autograd import Plan
@@ -26,7 +28,7 @@ def _normalise(
     bias: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
-    fixed: NarrowState | None,
+    fixed: UnitState | None,
     eps: float,
 ) -> Tensor:
     """BN of a convolution's output y (without its bias); fixed: mean without the bias, invstd."""
@@ -42,10 +44,10 @@ def _normalise(
     return value.to(y.dtype)
 
 
-def _fixed_of_folded(weight: Tensor, state: FoldedState) -> NarrowState:
+def _fixed_of_folded(weight: Tensor, state: TailState) -> UnitState:
     """The fixed statistics of a folded unit: the mean is ``weight centre - offset``."""
     matrix = weight.detach().flatten(1).to(state.centre.dtype)
-    return NarrowState(matrix @ state.centre - state.offset, state.invstd)
+    return UnitState(matrix @ state.centre - state.offset, state.invstd)
 
 
 class _Unit(NamedTuple):
@@ -68,9 +70,7 @@ def _units(columns: Sequence[Column]) -> list[_Unit]:
     return [_Unit(*(_alias(t) for t in row)) for row in zip(*columns, strict=True)]  # type: ignore
 
 
-def _apply(
-    x: Tensor, unit: _Unit, plan: "Plan", index: int, fixed: NarrowState | None
-) -> Tensor:
+def _apply(x: Tensor, unit: _Unit, plan: "Plan", index: int, fixed: UnitState | None) -> Tensor:
     """BN(conv(x)) of the unit at that index."""
     y = conv2d(x, unit.weight, plan.geometries[index])
     state = None if plan.batch[index] else fixed
@@ -104,16 +104,17 @@ def bottleneck_grads(
         identity: whether the residual was x.
     """
     source, units = x.view_as(x), _units(columns)
-    mask, rest = saved[2], saved[3:]
-    n, _, h, w = saved[1].shape
+    _, y2, mask, *rest = saved
+    n, _, h, w = y2.shape
     live = unpack_bits(mask, grad_out.shape[1]).view(n, h, w, -1).permute(0, 3, 1, 2)
-    g = grad_out * live
-    a1 = torch.relu(_apply(source, units[0], plan, 0, NarrowState(*rest[0:2])))
-    a2 = torch.relu(_apply(a1, units[1], plan, 1, NarrowState(*rest[2:4])))
-    z = _apply(a2, units[2], plan, 2, _fixed_of_folded(units[2].weight, FoldedState(*rest[4:9])))
+    g = torch.where(live, grad_out, 0)
+    weights = [unit.weight for unit in units[2:]]
+    states = unpack_states(weights, plan.batch[2:], pixels(y2), rest[4:])
+    a1 = torch.relu(_apply(source, units[0], plan, 0, UnitState(*rest[0:2])))
+    a2 = torch.relu(_apply(a1, units[1], plan, 1, UnitState(*rest[2:4])))
+    z = _apply(a2, units[2], plan, 2, _fixed_of_folded(units[2].weight, states[0]))
     if len(units) > 3:
-        state = FoldedState(*rest[9:14])
-        z = z + _apply(source, units[3], plan, 3, _fixed_of_folded(units[3].weight, state))
+        z = z + _apply(source, units[3], plan, 3, _fixed_of_folded(units[3].weight, states[1]))
     if identity:
         z = z + source
     inputs = [source, *(t for unit in units for t in unit)]
@@ -134,5 +135,5 @@ def conv_bn_relu_grads(
 ) -> list[Tensor]:
     """The needed gradients of ``relu(bn(conv(x)))``, themselves differentiable."""
     source, units = x.view_as(x), _units(columns)
-    out = torch.relu(_apply(source, units[0], plan, 0, NarrowState(*saved[1:3])))
+    out = torch.relu(_apply(source, units[0], plan, 0, UnitState(*saved[1:3])))
     return _differentiate(out, grad_out, [source, *units[0]], needs)

@@ -16,7 +16,8 @@ class BatchNorm(NamedTuple):
 
     weight, bias, running_mean, running_var: ``[C]`` or None. training: normalise with batch
     statistics, and update running_mean and running_var in place where given (momentum, a
-    float or a 0-d tensor, is the weight of the new value; the variance is unbiased there). Not training: normalise with them.
+    float or a 0-d tensor, is the weight of the new value; the variance is unbiased there).
+    Not training: normalise with them.
     """
 
     weight: Tensor | None = None
@@ -29,7 +30,7 @@ class BatchNorm(NamedTuple):
 
 
 class Conv(NamedTuple):
-    """Arguments of ``torch.nn.functional.conv2d``: weight ``[W, C/groups, kh, kw]``, bias ``[W]``."""
+    """Arguments of ``F.conv2d``: weight ``[W, C/groups, kh, kw]``, bias ``[W]`` or None."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -75,8 +76,14 @@ def _tensors(units: Sequence[Unit]) -> list[Tensor | None]:
     return flat
 
 
-def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return t if t is None or t.dtype == torch.float64 else t.to(dtype)
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in the autocast dtype; autocast leaves float64 alone."""
+    return t if t.dtype == torch.float64 else t.to(dtype)
+
+
+def _cast_conv(conv: Conv, dtype: torch.dtype) -> Conv:
+    bias = None if conv.bias is None else _cast(conv.bias, dtype)
+    return conv._replace(weight=_cast(conv.weight, dtype), bias=bias)
 
 
 def autocast(x: Tensor, units: Sequence[Unit]) -> tuple[Tensor, list[Unit]]:
@@ -84,16 +91,14 @@ def autocast(x: Tensor, units: Sequence[Unit]) -> tuple[Tensor, list[Unit]]:
     if not torch.is_autocast_enabled(x.device.type):
         return x, list(units)
     dtype = torch.get_autocast_dtype(x.device.type)
-    cast = [
-        (conv._replace(weight=_cast(conv.weight, dtype), bias=_cast(conv.bias, dtype)), bn)
-        for conv, bn in units
-    ]
-    return _cast(x, dtype), cast  # type: ignore[return-value]
+    return _cast(x, dtype), [(_cast_conv(conv, dtype), bn) for conv, bn in units]
 
 
 def autocast_shortcut(shortcut: Tensor | None, x: Tensor) -> Tensor | None:
     """The shortcut in the dtype of x, which is cast already, where autocast is on."""
-    return _cast(shortcut, x.dtype) if torch.is_autocast_enabled(x.device.type) else shortcut
+    if shortcut is None or not torch.is_autocast_enabled(x.device.type):
+        return shortcut
+    return _cast(shortcut, x.dtype)
 
 
 def _update_running(running: Tensor, value: Tensor, momentum: float | Tensor) -> None:
@@ -108,8 +113,13 @@ def _update_running(running: Tensor, value: Tensor, momentum: float | Tensor) ->
 
 
 @torch.no_grad()
-def _update_statistics(units: Sequence[Unit], moments: Sequence[Tensor], counts: Sequence[int]) -> None:
-    """Update the running statistics of every unit that used batch statistics."""
+def _update_statistics(
+    units: Sequence[Unit], moments: Sequence[Tensor], counts: Sequence[int]
+) -> None:
+    """Update the running statistics of every unit that used batch statistics.
+
+    counts: values per channel of each unit.
+    """
     source = iter(moments)
     for (_, bn), count in zip(units, counts, strict=True):
         if not bn.training:

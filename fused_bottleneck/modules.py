@@ -1,18 +1,39 @@
 """What the fused modules share: reading children at call time, and their counters."""
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from . import checks
 from .functional import BatchNorm, Conv
+from .operands import Pair
 
 
 def conv_arguments(conv: nn.Conv2d) -> Conv:
     """The arguments of ``F.conv2d`` that this child stands for now."""
     return Conv(
-        conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups  # type: ignore[arg-type]
+        conv.weight,
+        conv.bias,
+        cast("Pair", conv.stride),
+        cast("Pair", conv.padding),
+        cast("Pair", conv.dilation),
+        conv.groups,
     )
+
+
+def conv_bn_of(module: nn.Module | None) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
+    """The two children of a downsample that is exactly conv1x1 + BN; None for any other module."""
+    if type(module) is not nn.Sequential or len(module) != 2:
+        return None
+    conv, bn = module[0], module[1]
+    own = checks.child("downsample", module, nn.Sequential)
+    if own or checks.child("conv", conv, nn.Conv2d) or checks.child("bn", bn, nn.BatchNorm2d):
+        return None
+    conv, bn = cast("nn.Conv2d", conv), cast("nn.BatchNorm2d", bn)
+    pointwise = (conv.kernel_size, conv.padding, conv.groups) == ((1, 1), (0, 0), 1)
+    return (conv, bn) if pointwise else None
 
 
 def _momentum(bn: nn.BatchNorm2d) -> float | Tensor:

@@ -9,6 +9,7 @@ then weight, bias, gamma and beta of each unit.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch import Tensor
 from . import program
 from .algebra import accumulation_dtype
 from .operands import Geometry
-from .program import Unit, UnitGrads
+from .tail import has_gram
+from .units import Unit, UnitGrads
 
 _FORWARD = (
     "Tensor[] weights, Tensor?[] biases, Tensor?[] gammas, Tensor?[] betas, "
@@ -64,6 +66,12 @@ def pack_geometry(geometries: Sequence[Geometry]) -> list[int]:
 def _unpack_geometry(flat: Sequence[int]) -> list[Geometry]:
     rows = [flat[i : i + _GEOMETRY_INTS] for i in range(0, len(flat), _GEOMETRY_INTS)]
     return [Geometry((r[0], r[1]), (r[2], r[3]), (r[4], r[5]), r[6]) for r in rows]
+
+
+def _forward_arguments(*arguments: Any) -> tuple[list[Unit], bool]:
+    """The units and channels_last from the arguments that the forward ops have in common."""
+    *fields, channels_last = arguments
+    return _forward_units(*fields), channels_last
 
 
 def _forward_units(
@@ -121,11 +129,8 @@ def _select(grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tenso
     return [g for g, needed in zip(grads, needs, strict=True) if needed and g is not None]
 
 
-def _bottleneck_forward(
-    x: Tensor, shortcut: Tensor | None, *fields_and_layout: Sequence | bool
-) -> ForwardResult:
-    *fields, channels_last = fields_and_layout
-    return program.bottleneck_forward(x, shortcut, _forward_units(*fields), bool(channels_last))
+def _bottleneck_forward(x: Tensor, shortcut: Tensor | None, *arguments: Any) -> ForwardResult:
+    return program.bottleneck_forward(x, shortcut, *_forward_arguments(*arguments))
 
 
 def _bottleneck_backward(
@@ -157,10 +162,9 @@ def _bottleneck_backward(
     return _select([grad_x, grad_shortcut, *_parameter_grads(units, grads)], needs)
 
 
-def _conv_bn_relu_forward(x: Tensor, *fields_and_layout: Sequence | bool) -> ForwardResult:
-    *fields, channels_last = fields_and_layout
-    (unit,) = _forward_units(*fields)
-    return program.conv_bn_relu_forward(x, unit, bool(channels_last))
+def _conv_bn_relu_forward(x: Tensor, *arguments: Any) -> ForwardResult:
+    (unit,), channels_last = _forward_arguments(*arguments)
+    return program.conv_bn_relu_forward(x, unit, channels_last)
 
 
 def _conv_bn_relu_backward(
@@ -202,12 +206,13 @@ def _fake_vectors(x: Tensor, *sizes: int) -> list[Tensor]:
     return [x.new_empty(size, dtype=accumulation_dtype(x.dtype)) for size in sizes]
 
 
-def _fake_folded_state(x: Tensor, unit: Unit) -> list[Tensor]:
-    wide, channels = unit.weight.shape[:2]
-    if not unit.batch:
-        return _fake_vectors(x, channels, wide, wide, 0, 0)
-    cov = x.new_empty((channels, channels), dtype=accumulation_dtype(x.dtype))
-    return [*_fake_vectors(x, channels, wide, wide, channels), cov]
+def _fake_tail_state(x: Tensor, unit: Unit, pixels: int) -> list[Tensor]:
+    width, channels = unit.weight.shape[:2]
+    state = _fake_vectors(x, channels, width, width)
+    if has_gram(unit.weight, unit.batch, pixels):
+        cov = x.new_empty((channels, channels), dtype=accumulation_dtype(x.dtype))
+        state += [*_fake_vectors(x, channels), cov]
+    return state
 
 
 def _fake_moments(x: Tensor, units: Sequence[Unit]) -> list[Tensor]:
@@ -215,25 +220,21 @@ def _fake_moments(x: Tensor, units: Sequence[Unit]) -> list[Tensor]:
     return _fake_vectors(x, *sizes)
 
 
-def _bottleneck_forward_fake(
-    x: Tensor, shortcut: Tensor | None, *fields_and_layout: Sequence | bool
-) -> ForwardResult:
-    *fields, channels_last = fields_and_layout
-    units = _forward_units(*fields)
+def _bottleneck_forward_fake(x: Tensor, shortcut: Tensor | None, *arguments: Any) -> ForwardResult:
+    units, channels_last = _forward_arguments(*arguments)
     y1 = _fake_conv(x, units[0])
     y2 = _fake_conv(y1, units[1])
-    out = _fake_conv(y2, units[2], bool(channels_last))
+    out = _fake_conv(y2, units[2], channels_last)
     rows = out.shape[0] * out.shape[2] * out.shape[3]
     mask = x.new_empty((rows, -(-out.shape[1] // 8)), dtype=torch.uint8)
     narrow = _fake_vectors(x, *(u.weight.shape[0] for u in units[:2] for _ in range(2)))
-    folded = [t for unit in units[2:] for t in _fake_folded_state(x, unit)]
+    folded = [t for unit in units[2:] for t in _fake_tail_state(x, unit, rows)]
     return out, [y1, y2, mask, *narrow, *folded], _fake_moments(x, units)
 
 
-def _conv_bn_relu_forward_fake(x: Tensor, *fields_and_layout: Sequence | bool) -> ForwardResult:
-    *fields, channels_last = fields_and_layout
-    units = _forward_units(*fields)
-    out = _fake_conv(x, units[0], bool(channels_last))
+def _conv_bn_relu_forward_fake(x: Tensor, *arguments: Any) -> ForwardResult:
+    units, channels_last = _forward_arguments(*arguments)
+    out = _fake_conv(x, units[0], channels_last)
     y = torch.empty_like(out, memory_format=torch.channels_last)
     width = out.shape[1]
     return out, [y, *_fake_vectors(x, width, width)], _fake_moments(x, units)

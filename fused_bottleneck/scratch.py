@@ -62,7 +62,7 @@ def _poisoned() -> bool:
     """Whether uninitialised memory is to be filled with NaN, as torch.empty does then."""
     return (
         torch.are_deterministic_algorithms_enabled()
-        and torch.utils.deterministic.fill_uninitialized_memory
+        and torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     )
 
 

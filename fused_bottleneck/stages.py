@@ -39,7 +39,6 @@ from .operands import (
     MaskedGrad,
     StridedInput,
     matrix,
-    pixels,
 )
 
 Operand = Activation | StridedInput
@@ -67,10 +66,19 @@ class FoldedTerm(NamedTuple):
 
 
 class InputTerm(NamedTuple):
-    """The downsample's part of grad_x: operand and its gradient coefficients."""
+    """A folded downsample's part of grad_x: ``g a + D b + shift`` at the strided pixels."""
 
     operand: StridedInput
-    grad: OperandGrad
+    coefficients: OperandGrad
+    grad: MaskedGrad
+
+
+class ConvTerm(NamedTuple):
+    """A convolution's part of grad_x: the gradient of its output, weight and geometry."""
+
+    grad: ConvGrad
+    weight: Tensor
+    geometry: Geometry
 
 
 def pack_bits(live: Tensor) -> Tensor:
@@ -195,13 +203,21 @@ class Stages:
         mean = head.mean((0, 2, 3), dtype=accumulation_dtype(head.dtype))
         return mean.to(head.dtype).to(mean.dtype)
 
+    def conv(self, source: Tensor | Activation, weight: Tensor, geometry: Geometry) -> Tensor:
+        """``conv(source)``, with zero padding after the prologue."""
+        y = conv2d(self._operand(source), weight, geometry)
+        return y.contiguous(memory_format=torch.channels_last)
+
     def conv_forward(
         self, source: Tensor | Activation, weight: Tensor, geometry: Geometry
     ) -> tuple[Tensor, Moments]:
-        """F1, F2: ``y = conv(source)`` (zero padding after the prologue) and its moments."""
-        y = conv2d(self._operand(source), weight, geometry)
-        y = y.contiguous(memory_format=torch.channels_last)
+        """F1, F2: ``y = conv(source)`` and its moments."""
+        y = self.conv(source, weight, geometry)
         return y, self._moments(y)
+
+    def normalise_(self, act: Activation) -> Tensor:
+        """``(y - mean) * scale + beta``, without ReLU; may overwrite y."""
+        return self._normalised(act).to(act.y.dtype)
 
     def activation(self, act: Activation, channels_last: bool) -> Tensor:
         """``relu((y - mean) * scale + beta) - centre`` as a fresh tensor."""
@@ -216,23 +232,24 @@ class Stages:
         return mean, (d.t() @ d) / d.shape[0] - torch.outer(mean, mean)
 
     def tail_forward(
-        self, terms: Sequence[FoldedTerm], residual: Tensor | None, channels_last: bool
+        self, terms: Sequence[FoldedTerm], residuals: Sequence[Tensor], channels_last: bool
     ) -> tuple[Tensor, Tensor]:
-        """F4: ``out = relu(sum of D Wf^T + shift + residual)`` and the mask of its live elements.
+        """F4: ``out = relu(sum of D Wf^T + shift + residuals)``, the mask of its live elements.
 
-        Returns out ``[N, W, H', W']`` and mask uint8 ``[Q, ceil(W/8)]``.
+        Of terms and residuals (``[N, W, H', W']``) together there are two. Returns out
+        ``[N, W, H', W']`` and mask uint8 ``[Q, ceil(W/8)]``.
         """
-        shift = sum(term.folded.shift for term in terms)
-        assert isinstance(shift, Tensor)
-        value = _per_channel(shift)
-        for operand, folded in terms:
-            value = value + conv2d(self._operand(operand), folded.weight[:, :, None, None])
-        if residual is not None:
-            value = value + residual
+        values = [
+            conv2d(self._operand(operand), folded.weight[:, :, None, None])
+            + _per_channel(folded.shift)
+            for operand, folded in terms
+        ]
+        first, second = [*values, *residuals]
+        value = first + second
         mask = pack_bits(matrix(~(value <= 0)))
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        out = torch.relu(value).to(terms[0].folded.weight.dtype)
-        return out.contiguous(memory_format=layout), mask
+        dtype = (residuals[0] if residuals else terms[0].folded.weight).dtype
+        return torch.relu(value).to(dtype).contiguous(memory_format=layout), mask
 
     # Backward.
 
@@ -256,11 +273,22 @@ class Stages:
             value = value + _per_channel(grad.shift)
         return value
 
-    def _through_relu(self, grad: Tensor, act: Activation, invstd: Tensor) -> tuple[Tensor, GradSums]:
+    def _through_relu(
+        self, grad: Tensor, act: Activation, invstd: Tensor
+    ) -> tuple[Tensor, GradSums]:
         """g = grad * [a > 0] rounded to the compute dtype, and its two sums."""
         g = torch.where(self._live(act), grad, 0).to(act.y.dtype)
         g_acc = matrix(g).to(act.mean.dtype)
         xhat = (matrix(act.y).to(act.mean.dtype) - act.mean) * invstd
+        return g, GradSums(g_acc.sum(0), (g_acc * xhat).sum(0))
+
+    def masked_reduce(
+        self, grad: MaskedGrad, y: Tensor, mean: Tensor, invstd: Tensor
+    ) -> tuple[Tensor, GradSums]:
+        """B1 of the product way: g ``[N, W, H', W']``, ``sum(g)`` and ``sum(g * xhat)``."""
+        g = self._masked(grad)
+        g_acc = matrix(g).to(mean.dtype)
+        xhat = (matrix(y).to(mean.dtype) - mean) * invstd
         return g, GradSums(g_acc.sum(0), (g_acc * xhat).sum(0))
 
     def relu_backward(
@@ -294,23 +322,28 @@ class Stages:
         """``g = grad_out * bit`` as a fresh tensor: the gradient of a given shortcut."""
         return self._masked(grad)
 
+    def _conv_input_grad(self, term: ConvTerm, x: Tensor) -> Tensor:
+        """``conv^T(dy)`` ``[N, C, H, W]``."""
+        dy = self._conv_grad(term.grad)
+        return conv2d_backward(dy, x, term.weight, term.geometry, (True, False))[0]
+
     def input_dgrad(
         self,
-        grad: ConvGrad,
+        conv: ConvTerm,
         x: Tensor,
-        weight: Tensor,
-        geometry: Geometry,
-        residual: MaskedGrad | None,
-        downsample: InputTerm | None,
+        identity: MaskedGrad | None,
+        downsample: InputTerm | ConvTerm | None,
         channels_last: bool,
     ) -> Tensor:
-        """B6: ``grad_x = conv^T(dy)``, plus g (identity) or the downsample's part (strided)."""
-        grad_x, _ = conv2d_backward(self._conv_grad(grad), x, weight, geometry, (True, False))
-        if downsample is not None:
-            assert residual is not None
-            term = self._operand_grad(self._masked(residual), *downsample)
-            StridedInput(grad_x, downsample.operand.stride, term).view().add_(term)
-        elif residual is not None:
-            grad_x = grad_x + self._masked(residual)
+        """B6: ``grad_x = conv^T(dy)``, plus g (identity) or the downsample's part."""
+        grad_x = self._conv_input_grad(conv, x)
+        if isinstance(downsample, ConvTerm):
+            grad_x = grad_x + self._conv_input_grad(downsample, x)
+        elif downsample is not None:
+            operand, coefficients, grad = downsample
+            term = self._operand_grad(self._masked(grad), operand, coefficients)
+            operand._replace(x=grad_x).view().add_(term)
+        elif identity is not None:
+            grad_x = grad_x + self._masked(identity)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         return grad_x.contiguous(memory_format=layout)

@@ -1,0 +1,118 @@
+"""Loads the C++ passes (``fused_bottleneck/_C.abi3.so``) as ``torch.ops.fused_bottleneck.*``.
+
+The package works without them, through torch's own operators, more slowly: ``loaded()`` says which
+of the two it is, and warns once, with the reason, when it is the second. ``csrc/ops.cpp`` has the
+schemas and their meaning; here they get fake kernels, so that ``torch.compile`` and ``opcheck`` can
+run them on tensors without data.
+"""
+
+import os
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .algebra import accumulation_dtype
+
+_HOW_TO_BUILD = (
+    "To build it: pip install --no-build-isolation . (or, in a checkout, "
+    "python setup.py build_ext --inplace), with a C++ compiler."
+)
+
+_lock = threading.Lock()
+_loaded: bool | None = None  # None: not tried yet
+_reason = ""  # why it is not loaded
+_warned = False
+
+
+def load() -> bool:
+    """Loads the library at the first call; returns whether it is there. Never raises, never warns.
+
+    FUSED_BOTTLENECK_NO_EXTENSION=1 in the environment, read at the first call, leaves it out.
+    """
+    global _loaded, _reason
+    with _lock:
+        if _loaded is None:
+            _reason = _try_to_load()
+            _loaded = _reason == ""
+        return _loaded
+
+
+def loaded() -> bool:
+    """Whether the C++ passes can be called; warns once, with the reason, if they cannot."""
+    if _loaded:
+        return True
+    if not load():
+        _warn_once()
+    return bool(_loaded)
+
+
+def reason() -> str:
+    """Why the C++ passes are not loaded; empty if they are."""
+    load()
+    return _reason
+
+
+def _warn_once() -> None:
+    global _warned
+    if _warned or torch.compiler.is_compiling():
+        return
+    with _lock:
+        first, _warned = not _warned, True
+    if first:
+        warnings.warn(
+            f"fused_bottleneck runs without its C++ extension, more slowly: {_reason}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _try_to_load() -> str:
+    """Loads the library and registers the fake kernels; returns what went wrong, or nothing."""
+    if os.environ.get("FUSED_BOTTLENECK_NO_EXTENSION") == "1":
+        return "FUSED_BOTTLENECK_NO_EXTENSION=1 is set."
+    folder = Path(__file__).parent
+    libraries = sorted(folder.glob("_C*.so"))
+    if not libraries:
+        return f"there is no _C*.so in {folder}. {_HOW_TO_BUILD}"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+        _register_fakes()
+    except (OSError, RuntimeError) as error:
+        return f"loading {libraries[0]} failed: {error}. {_HOW_TO_BUILD}"
+    return ""
+
+
+def _column_vector(matrix: Tensor) -> Tensor:
+    return matrix.new_empty(matrix.shape[1], dtype=accumulation_dtype(matrix.dtype))
+
+
+def _fake_nothing(*args: object) -> None:
+    """Of the passes that only write into their last arguments."""
+
+
+def _fake_one_vector(matrix: Tensor, *args: object) -> Tensor:
+    return _column_vector(matrix)
+
+
+def _fake_two_vectors(matrix: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    return _column_vector(matrix), _column_vector(matrix)
+
+
+_FAKES: dict[str, Callable[..., object]] = {
+    "channel_moments": _fake_two_vectors,
+    "bn_apply_": _fake_nothing,
+    "residual_relu_": _fake_nothing,
+    "mask_grad_": _fake_one_vector,
+    "bn_backward_reduce_": _fake_two_vectors,
+    "bn_backward_": _fake_nothing,
+    "advise_huge_pages_": _fake_nothing,
+}
+
+
+def _register_fakes() -> None:
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"fused_bottleneck::{name}", fake)

@@ -1,0 +1,155 @@
+"""The wide end of the block: a 1x1 convolution and its normalisation, without its output stored.
+
+conv3+bn3 and the downsample are such units. Two exact ways:
+
+* *gram*: statistics from the operand's mean and covariance, BN folded into the weights in forward
+  and backward (algebra.py). The convolution's output never exists. Costs ``2 Q K^2 + 3 W K^2``
+  multiply-adds more than the convolutions.
+* *product*: the output is computed into scratch, normalised from there and computed again in
+  backward. Costs ``Q K W`` more, and passes over the wide scratch.
+
+``dispatch.uses_gram`` chooses. Fixed statistics need neither: they fold without a covariance.
+"""
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import NamedTuple
+
+from torch import Tensor
+
+from . import algebra
+from .dispatch import uses_gram
+from .operands import POINTWISE, Activation, ConvGrad, Geometry, MaskedGrad, StridedInput
+from .stages import FoldedTerm, Moments, Operand, Stages
+from .units import Unit, UnitGrads, UnitState, bias_grad, conv_grad, unit_grads
+
+
+class TailState(NamedTuple):
+    """What backward needs of a tail unit: centre ``[K]``, invstd and offset ``[W]``, and for the
+    gram way mean_d ``[K]`` and cov ``[K, K]``."""
+
+    centre: Tensor
+    invstd: Tensor
+    offset: Tensor
+    mean_d: Tensor | None = None
+    cov: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors to keep; ``unpack_states`` is the inverse."""
+        return [t for t in self if t is not None]
+
+
+class TailForward(NamedTuple):
+    """A tail unit's contribution to the output: a term of the product, or a wide tensor."""
+
+    term: FoldedTerm | None
+    added: Tensor | None
+    state: TailState
+    reported: list[Tensor]
+
+
+class TailBackward(NamedTuple):
+    """A tail unit's parameter gradients, and where its operand's gradient comes from: the
+    coefficients of a product with g, or the gradient of its output."""
+
+    grads: UnitGrads
+    coefficients: algebra.OperandGrad | None
+    conv_grad: ConvGrad | None
+
+
+def _source(operand: Operand, geometry: Geometry) -> tuple[Tensor | Activation, Geometry]:
+    """What the convolution itself is applied to in the product way."""
+    if isinstance(operand, StridedInput):
+        return operand.x, geometry
+    return operand, POINTWISE
+
+
+def has_gram(weight: Tensor, batch: bool, pixels: int) -> bool:
+    """Whether a tail unit over that many output pixels goes the gram way."""
+    width, channels = weight.shape[:2]
+    return batch and uses_gram(weight.device.type, pixels, channels, width)
+
+
+def unpack_states(
+    weights: Sequence[Tensor], batch: Sequence[bool], pixels: int, saved: Sequence[Tensor]
+) -> list[TailState]:
+    """The states of the tail units from the tensors that were kept of them."""
+    source = iter(saved)
+    counts = [5 if has_gram(w, b, pixels) else 3 for w, b in zip(weights, batch, strict=True)]
+    return [TailState(*islice(source, count)) for count in counts]
+
+
+def forward(unit: Unit, stages: Stages, operand: Operand, pixels: int) -> TailForward:
+    """F3 and the fold, or the product and its normalisation, of one tail unit."""
+    if unit.batch and not has_gram(unit.weight, unit.batch, pixels):
+        return _product_forward(unit, stages, operand)
+    return _folded_forward(unit, stages, operand)
+
+
+def _folded_forward(unit: Unit, stages: Stages, operand: Operand) -> TailForward:
+    weight = unit.matrix()
+    centre = operand.centre
+    assert centre is not None
+    mean_d = cov = None
+    if unit.batch:
+        mean_d, cov = stages.gram(operand)
+        moments = Moments(weight @ (mean_d + centre), algebra.folded_variance(weight, cov))
+    else:
+        moments = unit.fixed_moments()
+    offset = algebra.folded_offset(weight, centre, mean_d, moments.mean)
+    invstd = algebra.inverse_std(moments.var, unit.eps)
+    folded = algebra.fold(weight, unit.scale(invstd), offset, unit.beta, mean_d, unit.weight.dtype)
+    state = TailState(centre, invstd, offset, mean_d, cov)
+    return TailForward(FoldedTerm(operand, folded), None, state, unit.reported(moments))
+
+
+def _product_forward(unit: Unit, stages: Stages, operand: Operand) -> TailForward:
+    source, geometry = _source(operand, unit.geometry)
+    y, moments = stages.conv_forward(source, unit.weight, geometry)
+    invstd = algebra.inverse_std(moments.var, unit.eps)
+    beta = None if unit.beta is None else unit.beta.to(invstd.dtype)
+    added = stages.normalise_(Activation(y, moments.mean, unit.scale(invstd), beta))
+    centre = operand.centre
+    assert centre is not None
+    state = TailState(centre, invstd, -moments.mean)
+    if isinstance(operand, Activation):  # y is that of the centred operand
+        moments = moments._replace(mean=moments.mean + unit.matrix() @ centre)
+    return TailForward(None, added, state, unit.reported(moments))
+
+
+def operand_weight(unit: Unit, state: TailState) -> Tensor:
+    """The coefficient a of the operand's gradient in the folded way: the folded weight."""
+    return algebra.folded_weight(unit.matrix(), unit.scale(state.invstd), unit.weight.dtype)
+
+
+def folded_backward(
+    unit: Unit, state: TailState, a: Tensor, s: Tensor, sum_g: Tensor, count: int
+) -> TailBackward:
+    """Parameter gradients and operand-gradient coefficients from ``S = g^T D`` and sum_g."""
+    weight = unit.matrix()
+    scale = unit.scale(state.invstd)
+    mean_d, cov = state.mean_d, state.cov
+    dgamma = algebra.folded_dgamma(weight, state.invstd, state.offset, s, sum_g)
+    dweight = algebra.folded_dweight(
+        weight, scale, state.invstd, state.centre, mean_d, cov, s, sum_g, dgamma
+    )
+    coefficients = algebra.folded_operand_grad(
+        weight, a, scale, state.invstd, mean_d, sum_g, dgamma, count
+    )
+    grads = UnitGrads(dweight, bias_grad(unit, scale, sum_g), dgamma, sum_g)
+    return TailBackward(grads, coefficients, None)
+
+
+def product_backward(
+    unit: Unit, stages: Stages, state: TailState, operand: Operand, grad: MaskedGrad, needed: bool
+) -> TailBackward:
+    """Parameter gradients and the output's gradient, with the output computed again."""
+    source, geometry = _source(operand, unit.geometry)
+    y = stages.conv(source, unit.weight, geometry)
+    normalised = UnitState(-state.offset, state.invstd)
+    g, sums = stages.masked_reduce(grad, y, *normalised)
+    dy = conv_grad(unit, y, normalised, g, sums)
+    dweight = sums.g.new_empty(0)
+    if needed:
+        dweight = stages.conv_wgrad(dy, source, unit.weight, geometry)
+    return TailBackward(unit_grads(unit, dy, sums, dweight), None, dy)
