@@ -1,0 +1,61 @@
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace fused_bottleneck::cpu {
+namespace {
+
+// In ascending order; a machine that has one has all before it.
+constexpr const char* kNames[] = {"default", "avx2", "avx512"};
+constexpr int kLevels = 3;
+
+int best_level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  // Not all supported compilers know "f16c" as a name in __builtin_cpu_supports.
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+  if (!f16c || !__builtin_cpu_supports("avx2")) return 0;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 ? 2 : 1;
+#else
+  return 0;
+#endif
+}
+
+int requested_level() {
+  const char* variable = std::getenv("FUSED_BOTTLENECK_CPU_CAPABILITY");
+  if (variable == nullptr || *variable == '\0') return kLevels - 1;
+  for (int level = 0; level < kLevels; ++level)
+    if (std::string(variable) == kNames[level]) return level;
+  throw std::runtime_error(
+      "FUSED_BOTTLENECK_CPU_CAPABILITY: expected default, avx2 or avx512, got '" +
+      std::string(variable) + "'");
+}
+
+Capability choose() {
+  const int best = best_level(), requested = requested_level();
+  const int level = requested < best ? requested : best;
+#if defined(__x86_64__)
+  const Kernels* const tables[] = {isa_default::kernels, isa_avx2::kernels, isa_avx512::kernels};
+#else
+  const Kernels* const tables[] = {isa_default::kernels};
+#endif
+  return {kNames[level], tables[level]};
+}
+
+}  // namespace
+
+const Capability& capability() {
+  static const Capability chosen = choose();
+  return chosen;
+}
+
+}  // namespace fused_bottleneck::cpu

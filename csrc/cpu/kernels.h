@@ -1,0 +1,98 @@
+// The interface between the passes (threading, checks; passes.cpp) and the vector kernels.
+//
+// The kernels are compiled once per instruction set from kernels_impl.h. Everything declared here
+// is plain data without inline functions: an inline function shared between differently compiled
+// files could be emitted with AVX-512 code and then be used by the linker on every machine.
+//
+// A matrix is row-major [rows, channels] in the storage dtype; a vector is [channels] in the
+// accumulation dtype (double for float64, float for the others). A kernel works on rows
+// [begin, end). `out` may be the same memory as an input matrix, element for element.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_bottleneck::cpu {
+
+enum class Dtype : int { float32, float64, bfloat16, float16 };
+constexpr int kDtypes = 4;
+
+struct ChannelMoments {
+  int64_t channels;
+  const void* y;
+};
+
+struct BnApply {
+  int64_t channels;
+  const void *y, *mean, *scale, *beta, *centre;
+  bool relu;
+  void* out;
+};
+
+struct ResidualRelu {
+  int64_t channels;
+  const void *y, *mean, *scale, *shift;
+  const void* residual;  // matrix or null
+  void* out;
+  uint8_t* mask;
+};
+
+struct MaskGrad {
+  int64_t channels;
+  const void* grad_out;
+  const uint8_t* mask;
+  void* g;
+};
+
+struct BnBackwardReduce {
+  int64_t channels;
+  const void* grad;
+  const void* addend;  // matrix or null
+  const void *shift, *y, *mean, *invstd, *scale, *beta;
+  bool relu;
+  void* g;
+};
+
+struct BnBackward {
+  int64_t channels;
+  const void *g, *y, *mean, *scale;
+  const void *k0, *k1;  // both null: y is not read
+  void* out;
+};
+
+// The kernels of one dtype. Reductions write their rows' result as doubles, [channels] each.
+struct Kernels {
+  void (*channel_moments)(const ChannelMoments&, int64_t begin, int64_t end, double* mean,
+                          double* m2);
+  // Adds the moments of `rows` more rows to those of `rows_before`: Chan, Golub, LeVeque (1979).
+  void (*merge_moments)(int64_t channels, int64_t rows_before, double* mean, double* m2,
+                        int64_t rows, const double* more_mean, const double* more_m2);
+  void (*bn_apply)(const BnApply&, int64_t begin, int64_t end);
+  void (*residual_relu)(const ResidualRelu&, int64_t begin, int64_t end);
+  void (*mask_grad)(const MaskGrad&, int64_t begin, int64_t end, double* sum_g);
+  void (*bn_backward_reduce)(const BnBackwardReduce&, int64_t begin, int64_t end, double* sum_g,
+                             double* sum_g_xhat);
+  void (*bn_backward)(const BnBackward&, int64_t begin, int64_t end);
+};
+
+// One table per instruction set, indexed by Dtype; constant-initialised, so that loading the
+// library runs no code of an instruction set that the machine may lack.
+namespace isa_default {
+extern const Kernels kernels[kDtypes];
+}
+namespace isa_avx2 {
+extern const Kernels kernels[kDtypes];
+}
+namespace isa_avx512 {
+extern const Kernels kernels[kDtypes];
+}
+
+// The instruction set in use: the best that the CPU has, capped by the environment variable
+// FUSED_BOTTLENECK_CPU_CAPABILITY (default | avx2 | avx512). Chosen at the first call; throws on
+// an unknown value of the variable.
+struct Capability {
+  const char* name;
+  const Kernels* kernels;
+};
+const Capability& capability();
+
+}  // namespace fused_bottleneck::cpu
