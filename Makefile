@@ -1,0 +1,77 @@
+PYTHON ?= python3
+VENV ?= .venv
+
+python := $(VENV)/bin/python
+interpreter := $(if $(wildcard $(python)),$(python),$(PYTHON))
+pip := $(python) -m pip --disable-pip-version-check
+tools := $(VENV)/.tools
+# One stamp per environment, kept in this checkout: another VENV gets its own installation.
+built := build/.installed$(subst /,-,$(abspath $(VENV)))
+sources := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help check venv build demo test test-fast bench report lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@echo "PYTHON=$(PYTHON) makes the virtual environment VENV=$(VENV); either can be given."
+	@echo "An environment that exists is used, and gets the versions of constraints.txt."
+
+check:
+	@command -v $(interpreter) >/dev/null || \
+	  { echo "$(interpreter) was not found: install Python 3.10 or later, or give PYTHON=<path>."; exit 1; }
+	@$(interpreter) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(interpreter) is older than Python 3.10: install a later one, or give PYTHON=<path>."; exit 1; }
+	@$(interpreter) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(interpreter) cannot make virtual environments: install its venv module" \
+	    "(Debian, Ubuntu: apt install python3-venv)."; exit 1; }
+	@command -v "$${CXX:-c++}" >/dev/null || command -v "$${CXX:-g++}" >/dev/null || \
+	  { echo "No C++ compiler ($${CXX:-c++, g++}) was found: install one" \
+	    "(Debian, Ubuntu: apt install g++), or give CXX=<path>."; exit 1; }
+
+$(tools): constraints.txt | check
+	test -x $(python) || $(PYTHON) -m venv $(VENV)
+	$(pip) install -c constraints.txt torch
+	$(pip) install -r constraints.txt
+	@touch $@
+
+$(built): $(tools) setup.py pyproject.toml $(sources)
+	$(pip) install --no-build-isolation --no-deps -e .
+	@mkdir -p $(@D) && touch $@
+
+venv: $(tools) ## make the virtual environment, with the tested versions
+
+build: $(built) ## compile the extension and install the package into the environment
+
+demo: build ## train a small ResNet on real images, plain and fused (at most 3 minutes)
+	$(python) examples/train.py
+
+test: build ## run every test (at most 10 minutes)
+	$(python) -m pytest
+
+test-fast: build ## run the tests that are not slow (about 90 seconds)
+	$(python) -m pytest -m "not slow"
+
+bench: build ## measure the block against the reference; write benchmarks/results/
+	$(python) -m benchmarks.bench_block
+
+report: venv ## write the measured tables of README.md and the plots from benchmarks/results/
+	$(python) -m benchmarks.report
+
+lint: venv ## check style, formatting, types, and that README.md holds the measured tables
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+	$(VENV)/bin/clang-format --dry-run -Werror $(sources)
+	$(python) -m mypy
+	$(python) -m benchmarks.report --check
+
+format: venv ## format the Python and C++ sources
+	$(python) -m ruff check --fix
+	$(python) -m ruff format
+	$(VENV)/bin/clang-format -i $(sources)
+
+clean: ## remove what was built, and the environment this checkout made
+	rm -rf .venv build *.egg-info fused_bottleneck/*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Benchmarks of the block against its reference; `python -m benchmarks.bench_block --help`."""

@@ -1,0 +1,75 @@
+"""The figures this project sets itself, computed from one run's records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.records import Run
+
+LAYOUTS = ("contiguous", "channels_last")
+TARGET_SHAPE = "256-64@56"
+TARGET_SETTINGS = {"device": "cpu", "dtype": "float32", "batch": 16, "threads": 2}
+SPEEDUP_CONTIGUOUS = 2.0
+SPEEDUP_CHANNELS_LAST = 1.5
+SPEEDUP_ANY_SHAPE = 1.0
+MEMORY_RATIO = 0.55
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured figure and its bound, from below or from above."""
+
+    description: str
+    value: float
+    bound: float
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.bound if self.at_most else self.value >= self.bound
+
+
+Records = Mapping[tuple[str, str], Mapping[str, Any]]
+
+
+def by_shape_and_variant(run: Run) -> Records:
+    """The run's records by (shape, variant)."""
+    return {(record["shape"], record["variant"]): record for record in run["records"]}
+
+
+def shape_names(run: Run) -> list[str]:
+    """The measured shapes, each once, in the order they were measured."""
+    return list(dict.fromkeys(record["shape"] for record in run["records"]))
+
+
+def speedup(records: Records, shape: str, layout: str, phase: str = "step") -> float:
+    """Median time of the reference over that of the fused block, both in `layout`."""
+    reference, fused = (records[shape, f"{kind} {layout}"] for kind in ("reference", "fused"))
+    return reference[phase]["median"] / fused[phase]["median"]
+
+
+def memory_ratio(records: Records, shape: str, layout: str) -> float:
+    """Bytes kept for backward by the fused block over those of the reference, both in `layout`."""
+    reference, fused = (records[shape, f"{kind} {layout}"] for kind in ("reference", "fused"))
+    return fused["saved_bytes"] / reference["saved_bytes"]
+
+
+def figures(run: Run) -> list[Figure]:
+    """The figures that `run` can tell: none unless it ran under `TARGET_SETTINGS`."""
+    if any(run["settings"][key] != value for key, value in TARGET_SETTINGS.items()):
+        return []
+    records = by_shape_and_variant(run)
+    rows = []
+    for shape in shape_names(run):
+        if shape == TARGET_SHAPE:
+            value = speedup(records, shape, "contiguous")
+            rows.append(Figure(f"{shape}, speed-up contiguous", value, SPEEDUP_CONTIGUOUS))
+        value = speedup(records, shape, "channels_last")
+        bound = SPEEDUP_CHANNELS_LAST if shape == TARGET_SHAPE else SPEEDUP_ANY_SHAPE
+        rows.append(Figure(f"{shape}, speed-up channels_last", value, bound))
+    for shape in shape_names(run):
+        value = max(memory_ratio(records, shape, layout) for layout in LAYOUTS)
+        rows.append(Figure(f"{shape}, kept for backward", value, MEMORY_RATIO, at_most=True))
+    return rows
