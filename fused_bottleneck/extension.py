@@ -82,7 +82,8 @@ def _try_to_load() -> str:
         torch.ops.load_library(str(libraries[0]))
         _register_fakes()
     except (OSError, RuntimeError) as error:
-        return f"loading {libraries[0]} failed: {error}. {_HOW_TO_BUILD}"
+        # torch says only that it could not; the dynamic linker's reason is the cause.
+        return f"loading {libraries[0]} failed: {error.__cause__ or error}. {_HOW_TO_BUILD}"
     return ""
 
 

@@ -397,6 +397,30 @@ def test_passes_compile() -> None:
     assert torch.equal(compiled(y), normalise(y))
 
 
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder in which the loader will look, as if for the first time."""
+    monkeypatch.delenv("FUSED_BOTTLENECK_NO_EXTENSION", raising=False)
+    monkeypatch.setattr(extension, "_loaded", None)
+    monkeypatch.setattr(extension, "_warned", False)
+    monkeypatch.setattr(extension, "__file__", str(tmp_path / "extension.py"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"), [(False, "there is no _C"), (True, "_C.abi3.so: file too short")]
+)
+def test_missing_library_warns_once_with_the_reason(
+    unloaded: Path, broken: bool, message: str
+) -> None:
+    if broken:
+        (unloaded / "_C.abi3.so").write_bytes(b"")
+    with pytest.warns(RuntimeWarning, match=f"without its C.. extension.*{message}") as caught:
+        assert [extension.loaded(), extension.loaded()] == [False, False]
+    assert len(caught) == 1
+    assert "build_ext --inplace" in str(caught[0].message)
+
+
 @pytest.mark.parametrize("shape", [(0,), (3, 5), (1500, 1024), (2**21 + 3,)])
 def test_advise_huge_pages_changes_nothing(shape: tuple[int, ...]) -> None:
     t = torch.randn(shape)

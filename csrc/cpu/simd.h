@@ -149,7 +149,7 @@ FB_INLINE V relu(V v) {
 // Bit k: lane k is live.
 template <class A, int W>
 FB_INLINE uint32_t live_bits(Lanes<A, W>, Value<A, W> v) {
-  constexpr bool is_float = std::is_same_v<A, float>;
+  [[maybe_unused]] constexpr bool is_float = std::is_same_v<A, float>;
 #if FUSED_BOTTLENECK_VECTOR_BYTES == 64
   if constexpr (W == 16 && is_float)
     return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_NLE_UQ);
