@@ -26,6 +26,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
   // g = mask bit ? grad_out : 0; sum_g = column sums of g.
   m.def("mask_grad_(Tensor grad_out, Tensor mask, Tensor(a!) g) -> Tensor sum_g");
 
+  // out = value + (mask bit ? grad_out : 0).
+  m.def("masked_add_(Tensor value, Tensor grad_out, Tensor mask, Tensor(a!) out) -> ()");
+
   // v = grad + addend + shift; if relu, v = live((y - mean) * scale + beta) ? v : 0;
   // g = v rounded; the column sums of g and of g * (y - mean) * invstd.
   m.def(
@@ -37,6 +40,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
   m.def(
       "bn_backward_(Tensor g, Tensor y, Tensor mean, Tensor scale, Tensor? k0, Tensor? k1, "
       "Tensor(a!) out) -> ()");
+
+  // out[b] = x[b]^T, contiguous [B, R, C] to [B, C, R]: between contiguous and channels_last.
+  m.def("transpose_(Tensor x, Tensor(a!) out) -> ()");
 
   // Asks for huge pages for t's memory before its first touch; a hint, never an error.
   m.def("advise_huge_pages_(Tensor(a!) t) -> ()");

@@ -76,35 +76,46 @@ inline void check_tensor(const char* op, const char* name, const Tensor& t, Scal
       ", contiguous, on the CPU, got ", describe(t));
 }
 
-// Throws unless t is a contiguous CPU matrix [P, C], P and C at least 1, of a supported dtype.
-inline void check_matrix(const char* op, const char* name, const Tensor& t) {
+// Throws unless t is a contiguous CPU tensor of a supported dtype with so many dimensions (named in
+// the message by `form`), none of them empty.
+inline void check_dense(const char* op, const char* name, const Tensor& t, int64_t dim,
+                        const char* form) {
   const ScalarType dtype = t.scalar_type();
   const bool supported = dtype == ScalarType::Float || dtype == ScalarType::Double ||
                          dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-  STD_TORCH_CHECK(t.is_cpu() && supported && t.dim() == 2 && t.is_contiguous(), op, ": expected ",
-                  name,
-                  " to be a matrix [P, C] of float32, float64, bfloat16 or float16, contiguous, "
+  STD_TORCH_CHECK(t.is_cpu() && supported && t.dim() == dim && t.is_contiguous(), op, ": expected ",
+                  name, " to be ", form,
+                  " of float32, float64, bfloat16 or float16, contiguous, "
                   "on the CPU, got ",
                   describe(t));
   STD_TORCH_CHECK(t.numel() > 0, op, ": expected ", name,
                   " to have at least one row and one channel, got ", describe(t));
 }
 
+inline void check_matrix(const char* op, const char* name, const Tensor& t) {
+  check_dense(op, name, t, 2, "a matrix [P, C]");
+}
+
+inline bool are_disjoint(const Tensor& a, const Tensor& b) {
+  const auto begin = [](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); };
+  const auto end = [&](const Tensor& t) { return begin(t) + t.numel() * t.element_size(); };
+  return end(a) <= begin(b) || end(b) <= begin(a);
+}
+
+inline void check_disjoint(const char* op, const char* out_name, const Tensor& out,
+                           const char* name, const Tensor& input) {
+  STD_TORCH_CHECK(are_disjoint(out, input), op, ": expected ", out_name, " to be separate from ",
+                  name, ", got an overlap");
+}
+
 // Throws if out overlaps the input in any other way than being exactly the same memory.
 inline void check_overlap(const char* op, const char* out_name, const Tensor& out, const char* name,
                           const Tensor& input) {
-  const auto begin = [](const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); };
   const auto bytes = [](const Tensor& t) { return t.numel() * t.element_size(); };
-  const char *a = begin(out), *b = begin(input);
-  const bool disjoint = a + bytes(out) <= b || b + bytes(input) <= a;
-  const bool same = a == b && bytes(out) == bytes(input);
-  STD_TORCH_CHECK(disjoint || same, op, ": expected ", out_name,
+  const bool same = out.const_data_ptr() == input.const_data_ptr() && bytes(out) == bytes(input);
+  STD_TORCH_CHECK(same || are_disjoint(out, input), op, ": expected ", out_name,
                   " to be separate from, or exactly the same memory as, ", name,
                   ", got a partial overlap");
-}
-
-inline const void* data_or_null(const OptionalTensor& t) {
-  return t.has_value() ? t->const_data_ptr() : nullptr;
 }
 
 }  // namespace fused_bottleneck

@@ -54,10 +54,26 @@ def _key(operand: Operand | ConvGrad) -> tuple[str, int]:
     return type(operand).__name__, id(tensor)
 
 
+def _image_matrices(t: Tensor) -> Tensor:
+    """The ``[N, H*W, C]`` view of a channels_last ``[N, C, H, W]`` tensor."""
+    return t.permute(0, 2, 3, 1).reshape(t.shape[0], -1, t.shape[1])
+
+
 def _bn_apply(act: Activation, relu: bool, out: Tensor) -> None:
     """The activation, with or without its ReLU, into out."""
     y, mean, scale, beta, centre = act
     _passes.bn_apply_(matrix(y), mean, scale, beta, centre, relu, matrix(out))
+
+
+def _input_grad(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """``conv^T(dy)`` in channels_last memory; of x only the shape matters."""
+    grad_x, _ = conv2d_backward(dy, x, weight, geometry, (True, False))
+    return grad_x.contiguous(memory_format=torch.channels_last)
+
+
+def _total(sums: Sequence[GradSums]) -> GradSums:
+    """The sum over chunks, in order."""
+    return GradSums(*(sum(column[1:], column[0]) for column in zip(*sums, strict=True)))
 
 
 def _pixel_product(g: Tensor, d: Tensor) -> Tensor:
@@ -79,7 +95,7 @@ class CpuStages(Stages):
     def __init__(self) -> None:
         self._lease = Lease()
         self._materialised: dict[tuple[str, int], Tensor] = {}
-        self._products: dict[tuple[str, int], list[Tensor]] = {}
+        self._products: dict[tuple[str, int], Tensor] = {}
 
     def __enter__(self) -> "CpuStages":
         self._lease.__enter__()
@@ -101,7 +117,12 @@ class CpuStages(Stages):
     def channels_last(self, t: Tensor) -> Tensor:
         if t.is_contiguous(memory_format=torch.channels_last):
             return t
-        return self._scratch(t).copy_(t)
+        out = self._scratch(t)
+        if t.is_contiguous():
+            _passes.transpose_(t.flatten(2), _image_matrices(out))
+        else:
+            out.copy_(t)
+        return out
 
     # Operands, materialised once per run.
 
@@ -154,9 +175,24 @@ class CpuStages(Stages):
         mean = _passes.channel_moments(matrix(d))[0]
         return mean, _pixel_product(d, d) / pixels(d) - torch.outer(mean, mean)
 
+    def conv(self, source: Tensor | Activation, weight: Tensor, geometry: Geometry) -> Tensor:
+        operand = self._operand(source)
+        size = (operand.shape[2], operand.shape[3])
+        height, width = geometry.output_size(*size, (weight.shape[2], weight.shape[3]))
+        out = large_empty((operand.shape[0], weight.shape[0], height, width), operand.dtype, True)
+        for i, j in self._chunks(out, weight.numel()):
+            out[i:j] = conv2d(operand[i:j], weight, geometry)
+        return out
+
+    def _from_channels_last(self, t: Tensor) -> Tensor:
+        """A contiguous copy of a channels_last tensor."""
+        out = large_empty(t.shape, t.dtype)
+        _passes.transpose_(_image_matrices(t), out.flatten(2))
+        return out
+
     def activation(self, act: Activation, channels_last: bool) -> Tensor:
         if not channels_last:
-            return self._operand(act).contiguous()
+            return self._from_channels_last(self._operand(act))
         out = large_empty(act.y.shape, act.y.dtype, channels_last=True)
         _bn_apply(act, True, out)
         return out
@@ -168,7 +204,7 @@ class CpuStages(Stages):
     def _value_chunk(self, source: FoldedTerm | Tensor, i: int, j: int) -> Tensor:
         """Images i to j of a residual, or of a term without its shift."""
         if isinstance(source, Tensor):
-            return source[i:j].contiguous(memory_format=torch.channels_last)
+            return source[i:j]
         return conv2d(self._operand(source.operand)[i:j], _pointwise(source.folded.weight))
 
     def _tail_shape(self, source: FoldedTerm | Tensor) -> tuple[int, ...]:
@@ -180,7 +216,8 @@ class CpuStages(Stages):
     def tail_forward(
         self, terms: Sequence[FoldedTerm], residuals: Sequence[Tensor], channels_last: bool
     ) -> tuple[Tensor, Tensor]:
-        sources: list[FoldedTerm | Tensor] = [*terms, *residuals]
+        sources: list[FoldedTerm | Tensor] = list(terms)
+        sources += [self.channels_last(residual) for residual in residuals]
         first, second = sources
         shape = self._tail_shape(first)
         dtype = (first if isinstance(first, Tensor) else first.folded.weight).dtype
@@ -204,7 +241,7 @@ class CpuStages(Stages):
                 mask[i * h * w : j * h * w],
             )
             if not channels_last:
-                out[i:j] = rows
+                _passes.transpose_(_image_matrices(rows), out[i:j].flatten(2))
         return out, mask
 
     # Backward.
@@ -214,18 +251,18 @@ class CpuStages(Stages):
     ) -> tuple[Tensor, list[Tensor]]:
         """B1, and ``g a`` of every operand in the same pass over g (kept for B2 and B6)."""
         narrow = [self._operand(operand) for operand in operands]
-        transposed = [_pointwise(a.t().contiguous()) for a in weights]
+        kept = [self._scratch(d) for d in narrow]
+        self._products.update(zip(map(_key, operands), kept, strict=True))
         sums: list[Tensor] = []
         products: list[list[Tensor]] = []
-        kept = [self._products.setdefault(_key(operand), []) for operand in operands]
         chunks = list(self._chunks(grad.grad_out, sum(a.numel() for a in weights)))
         buffer = self._scratch(grad.grad_out[: chunks[0][1]])
         for i, j in chunks:
             g, sum_g = self._masked_chunk(grad, i, j, buffer[: j - i])
             sums.append(sum_g)
             products.append([_pixel_product(g, d[i:j]) for d in narrow])
-            for chunks_of, a in zip(kept, transposed, strict=True):
-                chunks_of.append(conv2d(g, a))
+            for d, a, product in zip(narrow, weights, kept, strict=True):
+                product[i:j] = _input_grad(g, d[i:j], _pointwise(a), POINTWISE)
         totals = [sum(column[1:], column[0]) for column in zip(*products, strict=True)]
         return sum(sums[1:], sums[0]), totals
 
@@ -234,23 +271,18 @@ class CpuStages(Stages):
     ) -> tuple[Tensor, Tensor]:
         """g of images i to j, in the buffer, and its column sums."""
         size = grad.grad_out.shape[2] * grad.grad_out.shape[3]
-        source = grad.grad_out[i:j]
-        if not source.is_contiguous(memory_format=torch.channels_last):
-            source = buffer.copy_(source)
         rows = grad.mask[i * size : j * size]
-        return buffer, _passes.mask_grad_(matrix(source), rows, matrix(buffer))
+        return buffer, _passes.mask_grad_(matrix(grad.grad_out[i:j]), rows, matrix(buffer))
 
     def _operand_grad_chunks(
         self, operand: Operand, grad: OperandGrad
     ) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
         """Chunks of ``g a`` (from B1) and ``D b``: first image, last image, the two products."""
         d = self._operand(operand)
+        product = self._products[_key(operand)]
         b = None if grad.b is None else _pointwise(grad.b.t().contiguous())
-        start = 0
-        for product in self._products.pop(_key(operand)):
-            stop = start + product.shape[0]
-            yield start, stop, product, None if b is None else conv2d(d[start:stop], b)
-            start = stop
+        for i, j in self._chunks(d, 0 if b is None else b.numel()):
+            yield i, j, product[i:j], None if b is None else conv2d(d[i:j], b)
 
     def _reduce(
         self,
@@ -301,16 +333,19 @@ class CpuStages(Stages):
         for i, j, product, addend in self._operand_grad_chunks(act, coefficients):
             part = act._replace(y=act.y[i:j])
             sums.append(self._reduce(product, addend, coefficients.shift, part, invstd, g[i:j]))
-        total = GradSums(*(sum(column[1:], column[0]) for column in zip(*sums, strict=True)))
-        return g, total
+        return g, _total(sums)
 
     def conv_dgrad(
         self, grad: ConvGrad, weight: Tensor, geometry: Geometry, act: Activation, invstd: Tensor
     ) -> tuple[Tensor, GradSums]:
         dy = self._conv_grad(grad)
-        value, _ = conv2d_backward(dy, act.y, weight, geometry, (True, False))
-        value = value.contiguous(memory_format=torch.channels_last)
-        return value, self._reduce(value, None, None, act, invstd, value)
+        g = self._scratch(act.y)
+        sums: list[GradSums] = []
+        for i, j in self._chunks(act.y, weight.numel()):
+            part = act._replace(y=act.y[i:j])
+            value = _input_grad(dy[i:j], part.y, weight, geometry)
+            sums.append(self._reduce(value, None, None, part, invstd, g[i:j]))
+        return g, _total(sums)
 
     def masked_grad(self, grad: MaskedGrad) -> Tensor:
         g = large_empty(grad.grad_out.shape, grad.grad_out.dtype, channels_last=True)
@@ -325,27 +360,28 @@ class CpuStages(Stages):
         downsample: InputTerm | ConvTerm | None,
         channels_last: bool,
     ) -> Tensor:
-        if identity is not None:
-            return self._identity_dgrad(conv, identity, channels_last)
-        grad_x = self._conv_input_grad(conv, x)
-        if isinstance(downsample, ConvTerm):
-            grad_x += self._conv_input_grad(downsample, x)
-        elif downsample is not None:
-            self._add_downsample(grad_x, downsample)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        return grad_x.contiguous(memory_format=layout)
-
-    def _identity_dgrad(self, conv: ConvTerm, identity: MaskedGrad, channels_last: bool) -> Tensor:
-        """``dy W1 + g``, a chunk of images at a time."""
         dy = self._conv_grad(conv.grad)
-        transposed = conv.weight.transpose(0, 1).contiguous()
-        grad_x = large_empty(identity.grad_out.shape, dy.dtype, channels_last)
-        chunks = list(self._chunks(grad_x, transposed.numel()))
-        buffer = self._scratch(identity.grad_out[: chunks[0][1]])
-        for i, j in chunks:
-            g, _ = self._masked_chunk(identity, i, j, buffer[: j - i])
-            torch.add(conv2d(dy[i:j], transposed), g, out=grad_x[i:j])
-        return grad_x
+        other = self._conv_grad(downsample.grad) if isinstance(downsample, ConvTerm) else None
+        grad_x = large_empty(x.shape, x.dtype, True) if channels_last else self._scratch(x)
+        for i, j in self._chunks(grad_x, conv.weight.numel()):
+            value = _input_grad(dy[i:j], x[i:j], conv.weight, conv.geometry)
+            rows = grad_x[i:j]
+            if identity is not None:
+                self._add_masked(value, identity, i, j, rows)
+            elif isinstance(downsample, ConvTerm) and other is not None:
+                added = _input_grad(other[i:j], x[i:j], downsample.weight, downsample.geometry)
+                torch.add(value, added, out=rows)
+            else:
+                rows.copy_(value)
+        if isinstance(downsample, InputTerm):
+            self._add_downsample(grad_x, downsample)
+        return grad_x if channels_last else self._from_channels_last(grad_x)
+
+    def _add_masked(self, value: Tensor, grad: MaskedGrad, i: int, j: int, out: Tensor) -> None:
+        """``out = value + g`` for images i to j."""
+        size = value.shape[2] * value.shape[3]
+        rows = grad.mask[i * size : j * size]
+        _passes.masked_add_(matrix(value), matrix(grad.grad_out[i:j]), rows, matrix(out))
 
     def _add_downsample(self, grad_x: Tensor, term: InputTerm) -> None:
         """``grad_x[strided] += g a + D b + shift``."""

@@ -108,6 +108,8 @@ _FAKES: dict[str, Callable[..., object]] = {
     "bn_apply_": _fake_nothing,
     "residual_relu_": _fake_nothing,
     "mask_grad_": _fake_one_vector,
+    "masked_add_": _fake_nothing,
+    "transpose_": _fake_nothing,
     "bn_backward_reduce_": _fake_two_vectors,
     "bn_backward_": _fake_nothing,
     "advise_huge_pages_": _fake_nothing,

@@ -106,11 +106,19 @@ def _backward_units(
     ]
 
 
+def _same_memory_order(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape are dense in one order (1x1 weights are so in both)."""
+    layouts = (torch.contiguous_format, torch.channels_last)
+    return any(
+        a.is_contiguous(memory_format=f) and b.is_contiguous(memory_format=f) for f in layouts
+    )
+
+
 def _in_layout_of(leaf: Tensor, grad: Tensor) -> Tensor:
     """grad in the dtype, shape and strides of its leaf."""
-    grad = grad.view(leaf.shape) if grad.dim() != leaf.dim() else grad
-    if grad.dtype == leaf.dtype and grad.stride() == leaf.stride():
-        return grad
+    grad = grad.view(leaf.shape)
+    if grad.dtype == leaf.dtype and _same_memory_order(grad, leaf):
+        return grad.as_strided(leaf.shape, leaf.stride())
     return torch.empty_like(leaf).copy_(grad)
 
 

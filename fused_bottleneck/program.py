@@ -161,7 +161,7 @@ def bottleneck_backward(
     states = tail.unpack_states(tail_weights, tail_batch, pixels(y2), saved[_NARROW_TENSORS:])
     with stages_for(x) as stages:
         x = stages.channels_last(x)
-        grad = MaskedGrad(grad_out, mask)
+        grad = MaskedGrad(stages.channels_last(grad_out), mask)
         act1 = activation(y1, units[0], state1)
         act2 = activation(y2, units[1], state2)._replace(centre=states[0].centre)
         operands: list[Operand] = [act2]

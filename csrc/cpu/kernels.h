@@ -43,6 +43,13 @@ struct MaskGrad {
   void* g;
 };
 
+struct MaskedAdd {
+  int64_t channels;
+  const void *value, *grad_out;
+  const uint8_t* mask;
+  void* out;
+};
+
 struct BnBackwardReduce {
   int64_t channels;
   const void* grad;
@@ -69,6 +76,7 @@ struct Kernels {
   void (*bn_apply)(const BnApply&, int64_t begin, int64_t end);
   void (*residual_relu)(const ResidualRelu&, int64_t begin, int64_t end);
   void (*mask_grad)(const MaskGrad&, int64_t begin, int64_t end, double* sum_g);
+  void (*masked_add)(const MaskedAdd&, int64_t begin, int64_t end);
   void (*bn_backward_reduce)(const BnBackwardReduce&, int64_t begin, int64_t end, double* sum_g,
                              double* sum_g_xhat);
   void (*bn_backward)(const BnBackward&, int64_t begin, int64_t end);

@@ -93,7 +93,7 @@ void residual_relu(const ResidualRelu& p, int64_t begin, int64_t end) {
   });
 }
 
-// --- mask_grad, bn_backward_reduce: a matrix and its column sums ---
+// --- mask_grad, masked_add, bn_backward_reduce: gradients through a ReLU, their column sums ---
 
 template <class A>
 FB_INLINE void clear(A* sum) {
@@ -132,6 +132,25 @@ void mask_grad(const MaskGrad& p, int64_t begin, int64_t end, double* sum_g) {
     add_tile_sum(tile_sum_g, c_begin, c_end, sum_g);
   };
   for_each_tile(begin, end, channels, kMaxTileRows, tile);
+}
+
+template <class T>
+void masked_add(const MaskedAdd& p, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const T* value = static_cast<const T*>(p.value);
+  const T* grad_out = static_cast<const T*>(p.grad_out);
+  const uint8_t* mask = p.mask;
+  T* out = static_cast<T*>(p.out);
+  const int64_t channels = p.channels;
+  const int64_t mask_stride = (channels + 7) / 8;
+  for_each_lanes<A>(begin, end, 0, channels, [&](auto lanes, auto rows, int64_t row, int64_t c) {
+    for (int r = 0; r < rows; ++r) {
+      const int64_t at = (row + r) * channels + c;
+      const uint32_t bits = read_bits(lanes, mask + (row + r) * mask_stride, c);
+      const auto g = where_bits(lanes, bits, load(lanes, grad_out + at));
+      store(lanes, out + at, load(lanes, value + at) + g);
+    }
+  });
 }
 
 template <class T>
@@ -224,8 +243,8 @@ void bn_backward(const BnBackward& p, int64_t begin, int64_t end) {
 
 template <class T>
 inline constexpr Kernels kernels_of = {
-    channel_moments<T>, merge_moments,         bn_apply<T>,    residual_relu<T>,
-    mask_grad<T>,       bn_backward_reduce<T>, bn_backward<T>,
+    channel_moments<T>, merge_moments, bn_apply<T>,           residual_relu<T>,
+    mask_grad<T>,       masked_add<T>, bn_backward_reduce<T>, bn_backward<T>,
 };
 
 // In the order of Dtype.

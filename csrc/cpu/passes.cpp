@@ -247,6 +247,16 @@ Tensor mask_grad_(const Tensor& grad_out, const Tensor& mask, const Tensor& g) {
   return sum_chunks(args, chunks, [&](int64_t chunk) { return partials.first(chunk); });
 }
 
+void masked_add_(const Tensor& value, const Tensor& grad_out, const Tensor& mask,
+                 const Tensor& out) {
+  const Arguments args("masked_add_", "value", value);
+  const MaskedAdd call{args.channels, value.const_data_ptr(), args.matrix("grad_out", grad_out),
+                       args.mask(mask),
+                       args.output("out", out, {{"grad_out", grad_out}, {"mask", mask}})};
+  const auto kernel = kernels_for(args.dtype).masked_add;
+  parallel_rows(args, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+}
+
 std::tuple<Tensor, Tensor> bn_backward_reduce_(const Tensor& grad, const OptionalTensor& addend,
                                                const OptionalTensor& shift, const Tensor& y,
                                                const Tensor& mean, const Tensor& invstd,
@@ -303,6 +313,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_bottleneck, CPU, m) {
   m.impl("bn_apply_", TORCH_BOX(&bn_apply_));
   m.impl("residual_relu_", TORCH_BOX(&residual_relu_));
   m.impl("mask_grad_", TORCH_BOX(&mask_grad_));
+  m.impl("masked_add_", TORCH_BOX(&masked_add_));
   m.impl("bn_backward_reduce_", TORCH_BOX(&bn_backward_reduce_));
   m.impl("bn_backward_", TORCH_BOX(&bn_backward_));
 }
