@@ -1,14 +1,16 @@
 """The autograd Functions: the custom ops and what they keep for backward.
 
-Both Functions take ``(plan, x[, shortcut], *tensors)`` with six tensors per unit (weight, bias,
-gamma, beta, fixed mean, fixed variance; absent ones None) and return ``(out, *moments)``, the
-batch mean and variance of each unit that uses them.
+Both Functions take ``(plan, observe, x[, shortcut], *tensors)`` with six tensors per unit (weight,
+bias, gamma, beta, fixed mean, fixed variance; absent ones None) and return ``(out, *moments)``, the
+batch mean and variance of each unit that uses them. ``observe``, if given, is called with the
+moments before autograd saves anything: activation checkpointing stops the second forward there,
+and the running statistics are to see it (as nn's do).
 
 Differentiating the backward itself (``create_graph=True``) goes through
 double_backward.py; the ordinary backward never does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from .operands import Geometry
 from .ops import pack_geometry
 
 TENSORS_PER_UNIT = 6
+Observer = Callable[[Sequence[Tensor]], None]
 _ops = torch.ops.fused_bottleneck
 
 
@@ -70,8 +73,8 @@ def _scatter(
 
 
 def _needs(ctx: Any, fixed: int) -> list[bool]:
-    """needs_input_grad without the plan and without the fixed statistics."""
-    flags = list(ctx.needs_input_grad[1:])
+    """needs_input_grad without plan, observer and the fixed statistics."""
+    flags = list(ctx.needs_input_grad[2:])
     parameters = [n for i, n in enumerate(flags[fixed:]) if i % TENSORS_PER_UNIT < 4]
     return flags[:fixed] + parameters
 
@@ -81,9 +84,16 @@ class BottleneckFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, x: Tensor, shortcut: Tensor | None, *tensors: Tensor | None
+        ctx: Any,
+        plan: Plan,
+        observe: Observer | None,
+        x: Tensor,
+        shortcut: Tensor | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         out, saved, moments = _ops.bottleneck_forward(x, shortcut, *_forward_fields(plan, tensors))
+        if observe is not None:
+            observe(moments)
         ctx.plan = plan
         ctx.identity = shortcut is None and len(plan.batch) == 3
         _save(ctx, x, tensors, saved)
@@ -113,15 +123,19 @@ class BottleneckFunction(torch.autograd.Function):
                 needs,
                 ctx.plan.channels_last[1],
             )
-        return None, *_scatter(needs, grads, fixed=2)
+        return None, None, *_scatter(needs, grads, fixed=2)
 
 
 class ConvBNReLUFunction(torch.autograd.Function):
     """``relu(bn(conv(x)))``, one unit."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, plan: Plan, observe: Observer | None, x: Tensor, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         out, saved, moments = _ops.conv_bn_relu_forward(x, *_forward_fields(plan, tensors))
+        if observe is not None:
+            observe(moments)
         ctx.plan = plan
         _save(ctx, x, tensors, saved)
         ctx.mark_non_differentiable(*moments)
@@ -147,4 +161,4 @@ class ConvBNReLUFunction(torch.autograd.Function):
                 needs,
                 ctx.plan.channels_last[1],
             )
-        return None, *_scatter(needs, grads, fixed=1)
+        return None, None, *_scatter(needs, grads, fixed=1)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from . import checks, functional
 from .functional import Unit
-from .modules import batch_norm_arguments, conv_arguments, conv_bn_of, count_batches
+from .modules import batch_norm_arguments, conv_arguments, conv_bn_of
 from .reference import Bottleneck
 
 
@@ -56,9 +56,7 @@ class FusedBottleneck(Bottleneck):
             shortcut = functional.autocast_shortcut(called, cast)
             if checks.residual(cast, units, shortcut) is not None:
                 return self._add_composed(x, called)
-        out = functional.run_bottleneck(cast, units, shortcut)
-        count_batches(bn for _, bn in self._pairs())
-        return out
+        return functional.run_bottleneck(cast, units, shortcut)
 
     def _add_composed(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """The composed block on a residual that is there already."""

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from . import checks, functional
 from .functional import Unit
-from .modules import batch_norm_arguments, conv_arguments, count_batches
+from .modules import batch_norm_arguments, conv_arguments
 from .reference import ConvBNReLU
 
 
@@ -43,9 +43,7 @@ class FusedConvBNReLU(ConvBNReLU):
         cast, units = functional.autocast(x, [self._unit()])
         if checks.conv_bn_relu(cast, units[0]) is not None:
             return self.composed(x)
-        out = functional.run_conv_bn_relu(cast, units[0])
-        count_batches([self.bn])
-        return out
+        return functional.run_conv_bn_relu(cast, units[0])
 
     def _unit(self) -> Unit:
         return conv_arguments(self.conv), batch_norm_arguments(self.bn)

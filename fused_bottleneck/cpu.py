@@ -33,6 +33,7 @@ from .stages import (
     Stages,
     conv2d,
     conv2d_backward,
+    covariance,
 )
 
 _passes = torch.ops.fused_bottleneck
@@ -173,7 +174,7 @@ class CpuStages(Stages):
     def gram(self, operand: Operand) -> tuple[Tensor, Tensor]:
         d = self._operand(operand)
         mean = _passes.channel_moments(matrix(d))[0]
-        return mean, _pixel_product(d, d) / pixels(d) - torch.outer(mean, mean)
+        return mean, covariance(matrix(d), mean)
 
     def conv(self, source: Tensor | Activation, weight: Tensor, geometry: Geometry) -> Tensor:
         operand = self._operand(source)

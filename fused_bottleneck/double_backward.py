@@ -33,6 +33,7 @@ def _normalise(
 ) -> Tensor:
     """BN of a convolution's output y (without its bias); fixed: mean without the bias, invstd."""
     if fixed is None:
+        y = y if bias is None else y + bias.view(1, -1, 1, 1)
         return F.batch_norm(y, None, None, gamma, beta, True, 0.0, eps)
     value = (y.to(fixed.mean.dtype) - fixed.mean.view(1, -1, 1, 1)) * fixed.invstd.view(1, -1, 1, 1)
     if bias is not None:  # its value is in fixed.mean; this adds its gradient

@@ -1,14 +1,15 @@
 """The fused block and unit as functions: validation, autocast, then the autograd Function."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .autograd import BottleneckFunction, ConvBNReLUFunction, Plan
-from .operands import Geometry, Pair, pixels
+from .autograd import BottleneckFunction, ConvBNReLUFunction, Observer, Plan
+from .operands import Geometry, Pair
 
 
 class BatchNorm(NamedTuple):
@@ -17,7 +18,8 @@ class BatchNorm(NamedTuple):
     weight, bias, running_mean, running_var: ``[C]`` or None. training: normalise with batch
     statistics, and update running_mean and running_var in place where given (momentum, a
     float or a 0-d tensor, is the weight of the new value; the variance is unbiased there).
-    Not training: normalise with them.
+    Not training: normalise with them. num_batches_tracked: a counter that goes up by one with
+    every update.
     """
 
     weight: Tensor | None = None
@@ -27,6 +29,7 @@ class BatchNorm(NamedTuple):
     training: bool = True
     momentum: float | Tensor = 0.1
     eps: float = 1e-5
+    num_batches_tracked: Tensor | None = None
 
 
 class Conv(NamedTuple):
@@ -113,22 +116,43 @@ def _update_running(running: Tensor, value: Tensor, momentum: float | Tensor) ->
 
 
 @torch.no_grad()
-def _update_statistics(
-    units: Sequence[Unit], moments: Sequence[Tensor], counts: Sequence[int]
-) -> None:
+def _update_statistics(x: Tensor, units: Sequence[Unit], moments: Sequence[Tensor]) -> None:
     """Update the running statistics of every unit that used batch statistics.
 
-    counts: values per channel of each unit.
+    units: in the order of the program, on input x.
     """
     source = iter(moments)
-    for (_, bn), count in zip(units, counts, strict=True):
+    for (_, bn), count in zip(units, _counts(x, [conv for conv, _ in units]), strict=True):
         if not bn.training:
             continue
         mean, var = next(source), next(source)
+        if bn.num_batches_tracked is not None:
+            bn.num_batches_tracked.add_(1)
         if bn.running_mean is not None:
             _update_running(bn.running_mean, mean, bn.momentum)
         if bn.running_var is not None:
             _update_running(bn.running_var, var * (count / (count - 1)), bn.momentum)
+
+
+def _counts(x: Tensor, convs: Sequence[Conv]) -> list[int]:
+    """Values per channel of each convolution's output; a fourth one starts from x again."""
+    counts = []
+    size = (x.shape[2], x.shape[3])
+    for i, conv in enumerate(convs):
+        start = (x.shape[2], x.shape[3]) if i == 3 else size
+        size = conv.geometry().output_size(*start, (conv.weight.shape[2], conv.weight.shape[3]))
+        counts.append(x.shape[0] * size[0] * size[1])
+    return counts
+
+
+def _observer(x: Tensor, units: Sequence[Unit]) -> Observer | None:
+    """The update of the running statistics, to be done inside the Function (see autograd.py).
+
+    None while compiling: there it comes after the Function, which must not mutate anything.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    return partial(_update_statistics, x, units)
 
 
 def bottleneck(
@@ -178,8 +202,12 @@ def bottleneck(
 
 def run_bottleneck(x: Tensor, units: Sequence[Unit], shortcut: Tensor | None) -> Tensor:
     """``bottleneck`` on arguments that are cast and checked already."""
-    out, *moments = BottleneckFunction.apply(_plan(x, units), x, shortcut, *_tensors(units))
-    _update_statistics(units, moments, (pixels(x), *(pixels(out) for _ in units[1:])))
+    observe = _observer(x, units)
+    out, *moments = BottleneckFunction.apply(
+        _plan(x, units), observe, x, shortcut, *_tensors(units)
+    )
+    if observe is None:
+        _update_statistics(x, units, moments)
     return out
 
 
@@ -206,6 +234,8 @@ def conv_bn_relu(x: Tensor, conv: Conv, bn: BatchNorm) -> Tensor:
 
 def run_conv_bn_relu(x: Tensor, unit: Unit) -> Tensor:
     """``conv_bn_relu`` on arguments that are cast and checked already."""
-    out, *moments = ConvBNReLUFunction.apply(_plan(x, [unit]), x, *_tensors([unit]))
-    _update_statistics([unit], moments, (pixels(out),))
+    observe = _observer(x, [unit])
+    out, *moments = ConvBNReLUFunction.apply(_plan(x, [unit]), observe, x, *_tensors([unit]))
+    if observe is None:
+        _update_statistics(x, [unit], moments)
     return out

@@ -1,9 +1,7 @@
-"""What the fused modules share: reading children at call time, and their counters."""
+"""What the fused modules share: reading their children at call time."""
 
-from collections.abc import Iterable
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from . import checks
@@ -51,12 +49,5 @@ def batch_norm_arguments(bn: nn.BatchNorm2d) -> BatchNorm:
     keep = not batch or (bn.training and bn.track_running_stats)
     running = (bn.running_mean, bn.running_var) if keep else (None, None)
     momentum = _momentum(bn) if batch and keep else 0.0
-    return BatchNorm(bn.weight, bn.bias, *running, batch, momentum, bn.eps)
-
-
-@torch.no_grad()
-def count_batches(norms: Iterable[nn.BatchNorm2d]) -> None:
-    """num_batches_tracked += 1 where nn does: training and tracking."""
-    for bn in norms:
-        if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
+    counter = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
+    return BatchNorm(bn.weight, bn.bias, *running, batch, momentum, bn.eps, counter)

@@ -1,0 +1,156 @@
+"""Scratch memory: reused, bounded, given back, and never shared by two runs."""
+
+import threading
+
+import pytest
+import torch
+
+from fused_bottleneck import FusedBottleneck, release_scratch, scratch
+
+from helpers import Case, Result, run
+
+CASES = [
+    Case(channels=32, width=8, size=(4, 9, 8)),
+    Case(channels=12, width=8, stride=2, downsample="conv", size=(4, 11, 10)),
+]
+
+
+@pytest.fixture(autouse=True)
+def empty_pool() -> None:
+    release_scratch()
+
+
+def test_lease_gives_back() -> None:
+    assert scratch.pooled_bytes() == 0
+    with scratch.Lease() as lease:
+        t = lease.take((2, 8, 16, 16), torch.float32)
+        assert t.shape == (2, 8, 16, 16)
+        assert t.dtype == torch.float32
+        assert t.is_contiguous(memory_format=torch.channels_last)
+        assert scratch.pooled_bytes() == 0
+        pointer = t.untyped_storage().data_ptr()
+    assert scratch.pooled_bytes() >= t.numel() * 4
+    with scratch.Lease() as lease:
+        again = lease.take((1, 4, 16, 16), torch.float64)
+        assert again.untyped_storage().data_ptr() == pointer
+    release_scratch()
+    assert scratch.pooled_bytes() == 0
+
+
+def test_leased_buffers_are_distinct() -> None:
+    with scratch.Lease() as outer:
+        taken = [outer.take((1, 8, 4, 4), torch.float32) for _ in range(3)]
+        with scratch.Lease() as inner:  # re-entrant: a run inside a run
+            taken.append(inner.take((1, 8, 4, 4), torch.float32))
+        taken.append(outer.take((1, 8, 5, 5), torch.float32))
+        pointers = {t.untyped_storage().data_ptr() for t in taken[:3]}
+        assert len(pointers) == 3
+        assert taken[3].untyped_storage().data_ptr() not in pointers
+        assert taken[4].untyped_storage().data_ptr() not in pointers
+
+
+def test_buffers_come_back_after_an_error() -> None:
+    with pytest.raises(RuntimeError, match="inside"), scratch.Lease() as lease:
+        lease.take((1, 8, 4, 4), torch.float32)
+        raise RuntimeError("inside")
+    assert scratch.pooled_bytes() > 0
+
+
+def test_leased_memory_is_nan_here() -> None:
+    """As torch.empty: what a run reads and has not written shows in every test."""
+    for _ in range(2):  # the second time from the pool
+        with scratch.Lease() as lease:
+            t = lease.take((1, 8, 4, 4), torch.float32)
+            assert t.isnan().all()
+            t.fill_(1)
+
+
+def test_pool_does_not_grow() -> None:
+    """Steps of the same block reuse what the first one took."""
+    block = CASES[1].module(FusedBottleneck).float()
+    sizes = []
+    for _ in range(4):
+        run(block, CASES[1].input().float())
+        sizes.append(scratch.pooled_bytes())
+    assert sizes[1:] == sizes[:1] * 3
+
+
+def test_pool_is_bounded() -> None:
+    """Many sizes at once do not stay for ever: no more than half of what was leased."""
+    size = 64 * 2**20
+    with scratch.Lease() as lease:
+        for _ in range(32):
+            lease.take((1, 1, 1, size), torch.int8)
+    assert scratch.pooled_bytes() <= 16 * size
+
+
+def test_concurrent_runs() -> None:
+    """Two threads train two blocks at the same time; results are those of one after the other."""
+    steps = 12
+
+    def train(case: Case, results: list[Result]) -> None:
+        torch.set_num_threads(1)
+        block = case.module(FusedBottleneck)
+        results.extend(run(block, case.input(seed)) for seed in range(steps))
+
+    blocks_and_results = []
+    for case in CASES:
+        block = case.module(FusedBottleneck)
+        want = [run(block, case.input(seed)) for seed in range(steps)]
+        blocks_and_results.append((case, want, []))
+    threads = [
+        threading.Thread(target=train, args=(case, got)) for case, _, got in blocks_and_results
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for _, want, got in blocks_and_results:
+        assert len(got) == steps
+        for expected, actual in zip(want, got, strict=True):
+            for name, tensor in expected.tensors().items():
+                assert torch.equal(actual.tensors()[name], tensor), name
+
+
+def test_one_module_in_two_threads() -> None:
+    """In eval mode nothing of the module changes: the same bits in every thread."""
+    block = CASES[0].module(FusedBottleneck).eval()
+    inputs = [CASES[0].input(seed) for seed in range(8)]
+    with torch.no_grad():
+        want = [block(x) for x in inputs]
+    wrong: list[int] = []
+
+    def infer() -> None:
+        with torch.no_grad():
+            for _ in range(5):
+                wrong.extend(
+                    i for i, x in enumerate(inputs) if not torch.equal(block(x), want[i])
+                )
+
+    threads = [threading.Thread(target=infer) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_backward_inside_backward() -> None:
+    """A hook that trains another block while this one is in its backward."""
+    outer, inner = (case.module(FusedBottleneck) for case in CASES)
+    want = [run(case.module(FusedBottleneck), case.input()) for case in CASES]
+    inside: list[Result] = []
+    x = CASES[0].input().requires_grad_()
+    handle = outer.conv3.weight.register_hook(
+        lambda grad: inside.append(run(inner, CASES[1].input())) or None
+    )
+    grad = torch.autograd.grad(outer(x), [x, outer.conv3.weight], want[0].out * 0 + 1)
+    handle.remove()
+    again = torch.autograd.grad(
+        CASES[0].module(FusedBottleneck)(x2 := CASES[0].input().requires_grad_()),
+        x2,
+        want[0].out * 0 + 1,
+    )
+    assert torch.equal(grad[0], again[0])
+    for name, tensor in want[1].tensors().items():
+        assert torch.equal(inside[0].tensors()[name], tensor), name
