@@ -22,12 +22,19 @@ class FusedBottleneck(Bottleneck):
     Shapes: x ``[N, C, H, W]`` to ``[N, 4*M, H', W']``, channels_last if x or a weight is.
     """
 
-    composed = Bottleneck.forward
-
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self.composed(x)
         return self._forward(x)
+
+    def composed(self, x: Tensor) -> Tensor:
+        """The plain block: its children called one by one."""
+        return self._add_composed(x, self.residual(x))
+
+    def _add_composed(self, x: Tensor, residual: Tensor) -> Tensor:
+        out = self.branch(x)
+        out += residual
+        return self.relu(out)
 
     @torch.jit.unused
     def why_not_fused(self, x: Tensor) -> str | None:
@@ -57,12 +64,6 @@ class FusedBottleneck(Bottleneck):
             if checks.residual(cast, units, shortcut) is not None:
                 return self._add_composed(x, called)
         return functional.run_bottleneck(cast, units, shortcut)
-
-    def _add_composed(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """The composed block on a residual that is there already."""
-        out = self.branch(x)
-        out += shortcut
-        return self.relu(out)
 
     def _called_downsample(self) -> nn.Module | None:
         """The downsample, if it is one that must be called as a module."""

@@ -19,12 +19,14 @@ class FusedConvBNReLU(ConvBNReLU):
     Shapes: x ``[N, C, H, W]`` to ``[N, W, H', W']``, channels_last if x or the weight is.
     """
 
-    composed = ConvBNReLU.forward
-
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self.composed(x)
         return self._forward(x)
+
+    def composed(self, x: Tensor) -> Tensor:
+        """The plain unit: its children called one by one."""
+        return self.relu(self.bn(self.conv(x)))
 
     @torch.jit.unused
     def why_not_fused(self, x: Tensor) -> str | None:

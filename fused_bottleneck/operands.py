@@ -59,7 +59,7 @@ class StridedInput(NamedTuple):
 
     def view(self) -> Tensor:
         """The strided view of x, not centred."""
-        return self.x[:, :, :: self.stride[0], :: self.stride[1]]
+        return strided(self.x, self.stride)
 
 
 class ConvGrad(NamedTuple):
@@ -84,6 +84,11 @@ class MaskedGrad(NamedTuple):
 
     grad_out: Tensor
     mask: Tensor
+
+
+def strided(x: Tensor, stride: Pair) -> Tensor:
+    """The pixels of x that a 1x1 convolution of that stride sees."""
+    return x[:, :, :: stride[0], :: stride[1]]
 
 
 def matrix(t: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import algebra, tail
 from .dispatch import stages_for
-from .operands import POINTWISE, Activation, ConvGrad, MaskedGrad, StridedInput, pixels
+from .operands import POINTWISE, Activation, ConvGrad, MaskedGrad, StridedInput, pixels, strided
 from .stages import ConvTerm, GradSums, InputTerm, Operand, Stages
 from .tail import TailBackward, TailState
 from .units import Unit, UnitGrads, UnitState, activation, conv_grad, unit_grads, unit_state
@@ -35,8 +35,9 @@ def _tail_operand(stages: Stages, act: Activation, unit2: Unit, unit3: Unit) -> 
 def _downsample_operand(stages: Stages, x: Tensor, unit: Unit) -> StridedInput:
     """The centred input of the downsample. With fixed statistics no covariance is taken and the
     centre is zero, so that a NaN in x stays where it is."""
-    centre = stages.centre(x)
-    return StridedInput(x, unit.geometry.stride, centre if unit.batch else torch.zeros_like(centre))
+    stride = unit.geometry.stride
+    centre = stages.centre(strided(x, stride))
+    return StridedInput(x, stride, centre if unit.batch else torch.zeros_like(centre))
 
 
 def bottleneck_forward(

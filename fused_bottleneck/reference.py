@@ -119,7 +119,11 @@ class Bottleneck(nn.Module):
         out = self.relu(self.bn2(self.conv2(out)))
         return self.bn3(self.conv3(out))
 
+    def residual(self, x: Tensor) -> Tensor:
+        """What the branch is added to: x, or the downsample of x."""
+        return x if self.identity_downsample is None else self.identity_downsample(x)
+
     def forward(self, x: Tensor) -> Tensor:
         out = self.branch(x)
-        out += x if self.identity_downsample is None else self.identity_downsample(x)
+        out += self.residual(x)
         return self.relu(out)

@@ -5,10 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fused_bottleneck import extension
-
-IMPLEMENTATIONS = ["extension", "torch"]
-
+from fused_bottleneck import cpu, extension, tail
 
 @pytest.fixture(autouse=True)
 def reproducible() -> Iterator[None]:
@@ -37,11 +34,36 @@ def two_threads(reproducible: None) -> None:
     torch.set_num_threads(2)
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test with the C++ passes and with plain torch."""
-    if request.param == "torch":
+def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run with the C++ passes or with plain torch, and with one of the tail's two ways forced.
+
+    Which way a tail takes, and in how many pieces, depends on sizes that tests do not reach.
+    """
+    if name == "torch":
         monkeypatch.setattr(extension, "loaded", lambda: False)
-    elif not extension.load():
+        return
+    if not extension.load():
         pytest.skip(extension.reason())
+    if name in ("gram", "product"):
+        monkeypatch.setattr(tail, "uses_gram", lambda *sizes: name == "gram")
+        one_image_at_a_time(monkeypatch)
+
+
+def one_image_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tensors that do not fit in cache go."""
+    monkeypatch.setattr(cpu, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(cpu, "_CHUNK_PER_WEIGHT", 0)
+
+
+@pytest.fixture(params=["extension", "torch"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test with the C++ passes and with plain torch."""
+    use(request.param, monkeypatch)
+    return request.param
+
+
+@pytest.fixture(params=["extension", "gram", "product", "torch"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test with every way to compute a block."""
+    use(request.param, monkeypatch)
     return request.param

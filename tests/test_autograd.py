@@ -393,6 +393,7 @@ def test_without_autograd(mode: type, training: bool, case: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("case", ["identity", "downsample", "pool"])
 def test_autocast(case: str, training: bool) -> None:

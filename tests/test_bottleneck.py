@@ -328,11 +328,7 @@ PRECISION_CASES = {
         channels=256, width=64, size=(4, 7, 6), options={"groups": 4, "dilation": 2}
     ),
 }
-LOW_PRECISIONS = [
-    torch.float32,
-    torch.bfloat16,
-    pytest.param(torch.float16, marks=pytest.mark.slow),
-]
+LOW_PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def compare_by_criterion(
@@ -363,6 +359,7 @@ def compare_by_criterion(
     assert_criterion(fused_errors, eager_errors, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "eval", "bn2 frozen"])
 @pytest.mark.parametrize("dtype", LOW_PRECISIONS, ids=str)
 @pytest.mark.parametrize("case", PRECISION_CASES)
@@ -370,6 +367,7 @@ def test_error_is_not_above_eagers(case: str, dtype: torch.dtype, mode: str) -> 
     compare_by_criterion(PRECISION_CASES[case], dtype, MODES[mode])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_norms_with_half_convolutions(dtype: torch.dtype, mode: str) -> None:
@@ -392,6 +390,7 @@ def test_with_two_threads(case: str, two_threads: None) -> None:
     compare(*shape.pair(), shape.input())
 
 
+@pytest.mark.slow
 def test_float32_output_over_many_pixels() -> None:
     """Errors of sums over thousands of pixels: variances here are sums of products."""
     case = Case(channels=32, width=8, size=(8, 28, 27))

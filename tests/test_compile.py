@@ -13,7 +13,7 @@ from helpers import Case, Result, in_dtype, norms_of, run
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.usefixtures("implementation"),
+    pytest.mark.usefixtures("backend"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
 ]
 

@@ -20,7 +20,7 @@ from helpers import (
     zero_gradients,
 )
 
-pytestmark = pytest.mark.usefixtures("implementation")
+pytestmark = pytest.mark.usefixtures("backend")
 
 UNITS = {
     "1x1": (8, 6, {"kernel_size": 1}),

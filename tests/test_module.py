@@ -14,7 +14,7 @@ from fused_bottleneck import Bottleneck, FusedBottleneck
 
 from helpers import Case, assert_equal_float64, grad_like, leaf, run
 
-pytestmark = pytest.mark.usefixtures("implementation")
+pytestmark = pytest.mark.usefixtures("backend")
 
 IDENTITY = Case(size=(2, 5, 4))
 DOWNSAMPLE = Case(channels=6, stride=2, downsample="conv", size=(2, 7, 6))

@@ -177,17 +177,31 @@ def test_far_beta_float64(beta: float, gamma: float, case: str) -> None:
     compare_float64(reference, fused, CASES[case].input(), float64_offset(abs(beta) / gamma))
 
 
+@pytest.mark.slow
 @over_cases
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("beta", "gamma"), FAR)
 def test_far_beta_by_the_criterion(
     beta: float, gamma: float, dtype: torch.dtype, case: str
 ) -> None:
     compare_by_criterion(WIDE[case], dtype, far_beta(beta, gamma))
+
+
+def frozen_far_from_its_input(block: Bottleneck) -> None:
+    """bn2 in eval mode with statistics of another data set: a2 has a mean of 300 deviations."""
+    block.bn2.eval()
+    with torch.no_grad():
+        block.bn2.running_mean.copy_(-300 * torch.ones_like(block.bn2.running_mean))
+        block.bn2.running_var.fill_(1)
+        block.bn2.weight.abs_()
+
+
+@pytest.mark.slow
+@over_cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_frozen_norm_far_from_its_input(dtype: torch.dtype, case: str) -> None:
+    """Then bn2.bias is no centre of the operand, but the covariance still feeds a variance."""
+    compare_by_criterion(WIDE[case], dtype, frozen_far_from_its_input)
 
 
 def test_far_beta_is_better_than_eager() -> None:

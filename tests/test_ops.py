@@ -13,7 +13,7 @@ from fused_bottleneck import FusedBottleneck, FusedConvBNReLU
 
 from helpers import Case, in_dtype, randomise, run
 
-pytestmark = pytest.mark.usefixtures("implementation")
+pytestmark = pytest.mark.usefixtures("backend")
 
 OPS = [
     "bottleneck_forward",
