@@ -177,11 +177,12 @@ def folded_operand_grad(
 
     ``a`` is ``folded_weight``. With batch statistics also
     ``b = -weight^T diag(scale * invstd * dgamma / count) weight`` ``[K, K]`` (rounded) and
-    ``shift = -(scale * sum_g / count) weight - mean_d b`` ``[K]``.
+    ``shift = -(sum_g / count) a - mean_d b`` ``[K]``: with the rounded a and b, so that the sum of
+    the gradient over the pixels is zero, as behind any batch normalisation.
     """
     if mean_d is None:
         return OperandGrad(a, None, None)
     k = scale * invstd * dgamma / count
     b = (-(weight.t() @ (k[:, None] * weight))).to(a.dtype)
-    shift = -((scale * sum_g / count) @ weight) - mean_d @ b.to(weight.dtype)
+    shift = -((sum_g / count) @ a.to(weight.dtype)) - mean_d @ b.to(weight.dtype)
     return OperandGrad(a, b, shift)
