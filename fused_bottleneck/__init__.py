@@ -1,13 +1,16 @@
 """Fused ResNet bottleneck blocks: drop-in modules whose wide intermediates never reach memory."""
 
+from . import extension
 from .bottleneck import FusedBottleneck
 from .conv_bn_relu import FusedConvBNReLU
-from .extension import loaded as extension_loaded
 from .functional import BatchNorm, Conv, bottleneck, conv_bn_relu
 from .reference import Bottleneck, ConvBNReLU
 from .scratch import release as release_scratch
 
 __version__ = "0.1.0"
+
+extension_loaded = extension.loaded
+extension.load()  # a few ms; before torch.compile could trace it
 
 __all__ = [
     "BatchNorm",

@@ -7,6 +7,7 @@ import torch
 
 from fused_bottleneck import cpu, extension, tail
 
+
 @pytest.fixture(autouse=True)
 def reproducible() -> Iterator[None]:
     """One seed, and one thread: for tensors this small a second costs more than it does, a hundred

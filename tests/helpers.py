@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from tolerances import EAGER_FACTOR, FLOAT64, FLOAT64_SMALL, FLOORS, SMALL_GRADIENT
 from torch import Tensor, nn
 
 from fused_bottleneck import Bottleneck, FusedBottleneck
-
-from tolerances import EAGER_FACTOR, FLOAT64, FLOAT64_SMALL, FLOORS, SMALL_GRADIENT
 
 Pair = tuple[int, int]
 
@@ -219,7 +218,7 @@ def assert_equal_float64(
 
 
 def relative_error(actual: Tensor, expected: Tensor, least: float = 0.0) -> float:
-    """Norm of the difference over the norm of the expected tensor, or over least if that is more."""
+    """Norm of the difference over that of the expected tensor, or over least if that is more."""
     norm = max(float(expected.double().norm()), least)
     difference = float((actual.double() - expected.double()).norm())
     return difference / norm if norm else difference
@@ -264,7 +263,9 @@ def assert_criterion(
         scatter = excess.std() if len(excess) > 1 else 0.0
         doubt = standard_errors * scatter / len(excess) ** 0.5
         sizes = f"{ours.square().mean().sqrt():.3g}, eager's {theirs.square().mean().sqrt():.3g}"
-        assert excess.mean() <= doubt, f"{name}: error {sizes}, over the limit by {excess.mean():.2g}"
+        assert excess.mean() <= doubt, (
+            f"{name}: error {sizes}, over the limit by {excess.mean():.2g}"
+        )
 
 
 T = TypeVar("T", Tensor, nn.Module)

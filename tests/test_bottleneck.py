@@ -5,10 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from fused_bottleneck import Bottleneck, FusedBottleneck
-
 from helpers import (
     CRITERION_SEEDS,
     Case,
@@ -24,6 +20,9 @@ from helpers import (
     run,
     zero_gradients,
 )
+from torch import Tensor, nn
+
+from fused_bottleneck import Bottleneck, FusedBottleneck
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -137,9 +136,7 @@ MODES: dict[str, Callable[[Bottleneck], object]] = {
 def compare(reference: Bottleneck, fused: FusedBottleneck, x: Tensor) -> None:
     assert fused.why_not_fused(x) is None
     expected = run(reference, x)
-    assert_equal_float64(
-        run(fused, x), expected, zero_gradients(fused), noise_gradients(fused)
-    )
+    assert_equal_float64(run(fused, x), expected, zero_gradients(fused), noise_gradients(fused))
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -305,9 +302,7 @@ def test_layouts(case: str, layout: str, weights: torch.memory_format) -> None:
 
 @pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gradients_have_the_layout_of_their_leaf(
-    layout: str, weights: torch.memory_format
-) -> None:
+def test_gradients_have_the_layout_of_their_leaf(layout: str, weights: torch.memory_format) -> None:
     case = CASES["conv, stride 2"]
     fused = case.module(FusedBottleneck).to(memory_format=weights)
     x = LAYOUTS[layout](case.input()).requires_grad_()

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers import Case, Result, in_dtype, norms_of, run
 from torch import Tensor, nn
 
 from fused_bottleneck import FusedBottleneck, FusedConvBNReLU
-
-from helpers import Case, Result, in_dtype, norms_of, run
 
 pytestmark = [
     pytest.mark.slow,

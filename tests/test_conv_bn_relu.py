@@ -3,10 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from fused_bottleneck import BatchNorm, Conv, ConvBNReLU, FusedConvBNReLU, conv_bn_relu
-
 from helpers import (
     CRITERION_SEEDS,
     assert_criterion,
@@ -19,6 +15,9 @@ from helpers import (
     run,
     zero_gradients,
 )
+from torch import Tensor, nn
+
+from fused_bottleneck import BatchNorm, Conv, ConvBNReLU, FusedConvBNReLU, conv_bn_relu
 
 pytestmark = pytest.mark.usefixtures("backend")
 

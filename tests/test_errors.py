@@ -107,7 +107,11 @@ CASES: dict[str, Case] = {
         ["conv1", "1", "3"],
     ),
     "conv1 stride": (change("conv1", stride=2), ValueError, ["conv1", "stride", "1", "2"]),
-    "conv3 padding": (change("conv3", padding=1), ValueError, ["conv3", "without padding", "padding (1, 1)"]),
+    "conv3 padding": (
+        change("conv3", padding=1),
+        ValueError,
+        ["conv3", "without padding", "padding (1, 1)"],
+    ),
     "stride zero": (change("conv2", stride=0), ValueError, ["conv2", "stride", "0"]),
     "padding negative": (change("conv2", padding=-1), ValueError, ["conv2", "padding", "-1"]),
     "dilation zero": (change("conv2", dilation=0), ValueError, ["conv2", "dilation", "0"]),

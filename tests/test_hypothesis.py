@@ -6,12 +6,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-
-from fused_bottleneck import extension
-
 from conftest import use
 from helpers import (
     Case,
@@ -27,7 +21,12 @@ from helpers import (
     uses_batch_statistics,
     zero_gradients,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tolerances import float64_offset
+from torch import Tensor
+
+from fused_bottleneck import extension
 
 LAYOUTS = ["contiguous", "channels_last", "strided"]
 
@@ -127,7 +126,7 @@ def check_float64(example: Example) -> None:
         return  # nn refuses one value per channel: test_module has it
     assert fused.why_not_fused(x) is None
     # Among few values a deviation may be a tenth of what it should, by chance; it enters squared.
-    tolerance = float64_offset(abs(example.offset)) * (100 if values < 16 else 1)
+    tolerance = float64_offset(abs(example.offset)) * (100 if values < 40 else 1)
     with computed(example.way):
         assert_equal_float64(
             run(fused, x),

@@ -7,18 +7,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import Case, assert_equal_float64, grad_like, leaf, run
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from fused_bottleneck import Bottleneck, FusedBottleneck
-
-from helpers import Case, assert_equal_float64, grad_like, leaf, run
 
 pytestmark = pytest.mark.usefixtures("backend")
 
 IDENTITY = Case(size=(2, 5, 4))
 DOWNSAMPLE = Case(channels=6, stride=2, downsample="conv", size=(2, 7, 6))
 CASES = {"identity": IDENTITY, "downsample": DOWNSAMPLE}
+BRANCH = ["conv1", "bn1", "conv2", "bn2", "conv3", "bn3"]
 over_cases = pytest.mark.parametrize("case", CASES)
 
 
@@ -43,7 +43,7 @@ def test_state_dict(case: str) -> None:
 def test_children_are_of_nn() -> None:
     fused = DOWNSAMPLE.module(FusedBottleneck)
     kinds = {n: type(m) for n, m in fused.named_children()}
-    assert list(kinds) == "conv1 bn1 conv2 bn2 conv3 bn3 relu identity_downsample".split()
+    assert list(kinds) == [*BRANCH, "relu", "identity_downsample"]
     assert {kinds[f"conv{i}"] for i in (1, 2, 3)} == {nn.Conv2d}
     assert {kinds[f"bn{i}"] for i in (1, 2, 3)} == {nn.BatchNorm2d}
     assert isinstance(fused, Bottleneck)
@@ -97,9 +97,7 @@ def test_edits_through_data_take_effect() -> None:
 # What runs composed: the reason is one sentence, and results are those of the plain block.
 
 
-def assert_composed(
-    reference: nn.Module, fused: FusedBottleneck, x: Tensor, *words: str
-) -> None:
+def assert_composed(reference: nn.Module, fused: FusedBottleneck, x: Tensor, *words: str) -> None:
     reason = fused.why_not_fused(x)
     assert reason is not None
     assert all(word in reason for word in words), reason

@@ -4,10 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-from fused_bottleneck import Bottleneck, ConvBNReLU, FusedBottleneck, FusedConvBNReLU
-
 from helpers import (
     CRITERION_SEEDS,
     Case,
@@ -23,6 +19,9 @@ from helpers import (
     zero_gradients,
 )
 from tolerances import FLOAT64_DEGENERATE, float64_offset
+from torch import Tensor, nn
+
+from fused_bottleneck import Bottleneck, ConvBNReLU, FusedBottleneck, FusedConvBNReLU
 
 pytestmark = pytest.mark.usefixtures("implementation")
 

@@ -4,14 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import Case, in_dtype, randomise, run
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fused_bottleneck import FusedBottleneck, FusedConvBNReLU
-
-from helpers import Case, in_dtype, randomise, run
 
 pytestmark = pytest.mark.usefixtures("backend")
 

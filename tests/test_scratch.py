@@ -4,10 +4,9 @@ import threading
 
 import pytest
 import torch
+from helpers import Case, Result, run
 
 from fused_bottleneck import FusedBottleneck, extension, release_scratch, scratch
-
-from helpers import Case, Result, run
 
 pytestmark = pytest.mark.skipif(not extension.load(), reason=extension.reason())
 
@@ -52,9 +51,13 @@ def test_leased_buffers_are_distinct() -> None:
 
 
 def test_buffers_come_back_after_an_error() -> None:
-    with pytest.raises(RuntimeError, match="inside"), scratch.Lease() as lease:
-        lease.take((1, 8, 4, 4), torch.float32)
-        raise RuntimeError("inside")
+    def fail() -> None:
+        with scratch.Lease() as lease:
+            lease.take((1, 8, 4, 4), torch.float32)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
     assert scratch.pooled_bytes() > 0
 
 
@@ -94,24 +97,22 @@ def test_concurrent_runs() -> None:
     """Two threads train two blocks at the same time; results are those of one after the other."""
     steps = 12
 
-    def train(case: Case, results: list[Result]) -> None:
+    def train(block: FusedBottleneck, case: Case, results: list[Result]) -> None:
         torch.set_num_threads(1)
-        block = case.module(FusedBottleneck)
         results.extend(run(block, case.input(seed)) for seed in range(steps))
 
-    blocks_and_results = []
-    for case in CASES:
+    wanted: list[list[Result]] = [[] for _ in CASES]
+    results: list[list[Result]] = [[] for _ in CASES]
+    threads = []
+    for case, want, got in zip(CASES, wanted, results, strict=True):
+        train(case.module(FusedBottleneck), case, want)
         block = case.module(FusedBottleneck)
-        want = [run(block, case.input(seed)) for seed in range(steps)]
-        blocks_and_results.append((case, want, []))
-    threads = [
-        threading.Thread(target=train, args=(case, got)) for case, _, got in blocks_and_results
-    ]
+        threads.append(threading.Thread(target=train, args=(block, case, got)))
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for _, want, got in blocks_and_results:
+    for want, got in zip(wanted, results, strict=True):
         assert len(got) == steps
         for expected, actual in zip(want, got, strict=True):
             for name, tensor in expected.tensors().items():
@@ -129,9 +130,7 @@ def test_one_module_in_two_threads() -> None:
     def infer() -> None:
         with torch.no_grad():
             for _ in range(5):
-                wrong.extend(
-                    i for i, x in enumerate(inputs) if not torch.equal(block(x), want[i])
-                )
+                wrong.extend(i for i, x in enumerate(inputs) if not torch.equal(block(x), want[i]))
 
     threads = [threading.Thread(target=infer) for _ in range(2)]
     for thread in threads:

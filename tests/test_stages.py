@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import one_image_at_a_time
+from helpers import channels_last
+from tolerances import SAME_FORMULA
 from torch import Tensor
 
 from fused_bottleneck import extension
@@ -26,10 +29,6 @@ from fused_bottleneck.stages import (
     pack_bits,
     unpack_bits,
 )
-
-from conftest import one_image_at_a_time
-from helpers import channels_last
-from tolerances import SAME_FORMULA
 
 pytestmark = pytest.mark.skipif(not extension.load(), reason=extension.reason())
 
@@ -71,9 +70,9 @@ class Data:
     def acc(self) -> torch.dtype:
         return accumulation_dtype(self.dtype)
 
-    def masked(self, layout: torch.memory_format = torch.channels_last) -> MaskedGrad:
+    def masked(self) -> MaskedGrad:
         live = torch.rand(N * OUT * OUT, W, generator=self.generator) < 0.6
-        return MaskedGrad(self.image(W, OUT).contiguous(memory_format=layout), pack_bits(live))
+        return MaskedGrad(self.image(W, OUT), pack_bits(live))
 
     def conv_grad(self, channels: int, size: int, batch: bool = True) -> ConvGrad:
         g, y = self.image(channels, size), self.image(channels, size)
@@ -126,12 +125,10 @@ def input_backward(downsample: bool, batch: bool, layout: bool) -> Callable[[Sta
     return stage
 
 
-def identity_backward(layout: torch.memory_format) -> Callable[[Stages, Data], Any]:
+def identity_backward(layout: bool) -> Callable[[Stages, Data], Any]:
     def stage(stages: Stages, data: Data) -> Any:
         term = ConvTerm(data.conv_grad(M, OUT), data.weight(M, W, 1, 1), POINTWISE)
-        grad = data.masked(layout)
-        is_last = layout == torch.channels_last
-        return stages.input_dgrad(term, data.image(W, OUT), grad, None, is_last)
+        return stages.input_dgrad(term, data.image(W, OUT), data.masked(), None, layout)
 
     return stage
 
@@ -165,14 +162,12 @@ STAGES: dict[str, Callable[[Stages, Data], Any]] = {
     "B6, fixed downsample": input_backward(True, False, True),
     "B6, contiguous downsample": input_backward(True, True, False),
     "B6, no residual": input_backward(False, True, True),
-    "B6, identity": identity_backward(torch.channels_last),
-    "B6, contiguous identity": identity_backward(torch.contiguous_format),
+    "B6, identity": identity_backward(True),
+    "B6, contiguous identity": identity_backward(False),
     "activation": lambda s, d: s.activation(d.activation(M, H, centred=True), True),
     "activation, contiguous": lambda s, d: s.activation(d.activation(M, H), False),
     "normalise": lambda s, d: s.normalise_(d.activation(M, H)),
-    "relu backward": lambda s, d: s.relu_backward(
-        d.image(M, H), d.activation(M, H), d.vector(M)
-    ),
+    "relu backward": lambda s, d: s.relu_backward(d.image(M, H), d.activation(M, H), d.vector(M)),
     "masked grad": lambda s, d: s.masked_grad(d.masked()),
 }
 
@@ -204,8 +199,8 @@ def test_stage(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * scale)
 
 
-def test_strided_grad_out_and_mask() -> None:
-    """Bits above the last channel are ignored, whatever they are."""
+def test_bits_above_the_last_channel() -> None:
+    """They are ignored, whatever they are."""
     data = Data(torch.float64)
     grad = data.masked()
     dirty = grad._replace(mask=grad.mask.clone())

@@ -11,10 +11,10 @@ import torch
 # that 1e-13 is typical. 1e-10 leaves room for small deviations and is far below any formula error.
 FLOAT64 = 1e-10
 
-# A gradient this much smaller than the largest one is a difference of large terms: it is compared
-# relative to FLOAT64_SMALL times the largest gradient, an absolute 1e-14 at order one.
-FLOAT64_SMALL = 1e-4
-
+# A gradient this much smaller than the largest one is a difference of large terms (that of a
+# weight in its own direction vanishes before batch statistics): it is compared relative to
+# FLOAT64_SMALL times the largest gradient, an absolute 1e-12 at order one.
+FLOAT64_SMALL = 1e-2
 
 
 def float64_offset(ratio: float) -> float:
@@ -26,8 +26,8 @@ def float64_offset(ratio: float) -> float:
     return max(FLOAT64, 100 * ratio**2 * 2.0**-53)
 
 
-# In lower precision too a much smaller gradient than the largest is a difference of large terms, and
-# the floor (not eager's part of the limit) is relative to this part of the largest.
+# In lower precision too a much smaller gradient than the largest is a difference of large terms,
+# and the floor (not eager's part of the limit) is relative to this part of the largest.
 SMALL_GRADIENT = 1e-3
 
 # A constant channel has invstd = 1/sqrt(eps) = 316, which multiplies rounding noise once on the
@@ -38,8 +38,8 @@ FLOAT64_DEGENERATE = 1e-9
 # below 1e4 in the tests; ten times that.
 SAME_FORMULA = {torch.float64: 1e-13, torch.float32: 6e-5, torch.bfloat16: 4e-2}
 
-# The criterion in lower precision: error <= EAGER_FACTOR * (eager's error) + FLOOR, in the mean over
-# several seeds (helpers.assert_criterion).
+# The criterion in lower precision: error <= EAGER_FACTOR * (eager's error) + FLOOR, in the mean
+# over several seeds (helpers.assert_criterion).
 EAGER_FACTOR = 1.1
 
 
@@ -54,8 +54,8 @@ FLOORS = {
     torch.float16: torch.finfo(torch.float16).eps,
 }
 
-# Statistics kept for backward besides x, y1, y2 and the mask, in vectors of the accumulation dtype:
-# per normalisation at most mean, invstd, scale, and the centre of its operand ...
+# Statistics kept for backward besides x, y1, y2 and the mask. Vectors of the accumulation dtype:
+# per normalisation at most mean, invstd, scale, the centre of its operand and two more. Matrices:
+# per folded 1x1 convolution its operand's covariance and the folded weight.
 SAVED_VECTORS_PER_UNIT = 6
-# ... and per folded 1x1 convolution its operand's covariance and the folded weight.
 SAVED_MEMORY_RATIO = 0.55
