@@ -1,0 +1,36 @@
+"""What defines one run of the demo, and how a run is stopped with a message."""
+
+from dataclasses import dataclass
+
+#: Parameter dtypes and how they train: bfloat16 means float32 parameters under autocast.
+#: float16 is left out on purpose: it needs loss scaling, which skips steps on overflow, and two
+#: trainings that skip different steps cannot be compared.
+DTYPES = ("float32", "float64", "bfloat16")
+LAYOUTS = ("channels_last", "contiguous")
+VARIANTS = ("reference", "fused")
+DEFAULT_EPOCHS = {"mnist": 2, "digits": 10}
+
+
+class Stop(Exception):
+    """Ends the run with one line for the user and an exit code (1: result, 2: usage)."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that the trained weights depend on; stored in checkpoints and results.json."""
+
+    data: str
+    epochs: int
+    width: int = 32
+    blocks_per_stage: tuple[int, ...] = (2, 1, 1)
+    batch_size: int = 48
+    lr: float = 0.05
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+    layout: str = "contiguous"
+    variants: tuple[str, ...] = VARIANTS
