@@ -45,11 +45,13 @@ def run(
     if resume:
         _restore(trainings, config, path)
     dataset = to_device(dataset, config)
-    last_step = total_steps if stop_after is None else min(stop_after, total_steps)
+    last_step = min(total_steps, stop_after or total_steps)
     _train(trainings, dataset, last_step, path, checkpoint_every)
-    if last_step < total_steps:
-        print(f"stopped after step {last_step} of {total_steps}; continue with --resume")
+    done = len(trainings[0].losses)
+    if done < total_steps:
+        print(f"stopped after step {done} of {total_steps}; continue with --resume")
         return 0
+    print("testing, and measuring memory in a fresh process each ...", file=sys.stderr)
     results = {training.variant: _result(training, dataset) for training in trainings}
     return _report(config, results, output, time.perf_counter() - start)
 
@@ -97,7 +99,7 @@ def _train(
 ) -> None:
     done = saved = len(trainings[0].losses)
     bar = tqdm(
-        total=last_step * len(trainings),
+        total=max(done, last_step) * len(trainings),
         initial=done * len(trainings),
         unit="step",
         dynamic_ncols=True,

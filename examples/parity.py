@@ -27,6 +27,8 @@ class Bounds(NamedTuple):
 #
 # The first loss checks the forward pass, the second every gradient at once: so the first three
 # steps are held to a few times those figures (float64: far above rounding, far below any mistake).
+# A gradient of conv3 a tenth too small, planted to see, moves the second loss by 4e-4, is caught
+# there, and nowhere later.
 # After them only averages can be compared. Those of two correct trainings differ by chance: the
 # final loss by a few hundredths; the accuracy by a few of the test images (20 of 1000 are two
 # standard deviations of the difference of two independent classifiers that are right in 95 %).

@@ -89,16 +89,13 @@ def plot(path: Path, config: Config, results: dict[str, Result]) -> None:
         curves.tick_params(labelbottom=False)
     else:
         curves.set_xlabel("step")
-    bars = {
-        "images per second": [result.images_per_second for result in results.values()],
-        "peak memory\nof a step (MiB)": [
-            (result.footprint.peak_bytes or 0) / MIB for result in results.values()
-        ],
-        "saved for\nbackward (MiB)": [
-            result.footprint.saved_bytes / MIB for result in results.values()
-        ],
-    }
-    for column, (title, values) in enumerate(bars.items(), start=1):
+    every = list(results.values())
+    bars = [
+        ("images per second", [result.images_per_second for result in every]),
+        ("peak memory\nof a step (MiB)", [_mib(r.footprint.peak_bytes) for r in every]),
+        ("saved for\nbackward (MiB)", [_mib(r.footprint.saved_bytes) for r in every]),
+    ]
+    for column, (title, values) in enumerate(bars, start=1):
         _plot_bars(figure.add_subplot(grid[:, column]), title, list(results), values)
     figure.suptitle(_title(config), fontsize=11)
     figure.savefig(path, dpi=130)
@@ -153,16 +150,17 @@ def _plot_difference(axes: Axes, results: dict[str, Result]) -> None:
     axes.grid(alpha=0.3)
 
 
-def _plot_bars(axes: Axes, title: str, variants: list[str], values: list[float]) -> None:
+def _plot_bars(axes: Axes, title: str, variants: list[str], values: list[float | None]) -> None:
     colors = [COLORS[variant] for variant in variants]
-    bars = axes.bar(variants, values, color=colors, width=0.65)
-    axes.bar_label(bars, fmt="%.4g", padding=2)
+    bars = axes.bar(variants, [value or 0 for value in values], color=colors, width=0.65)
+    labels = ["n/a" if value is None else f"{value:.4g}" for value in values]
+    axes.bar_label(bars, labels, padding=2)
     axes.set_title(title, fontsize=10)
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _smooth(losses: list[float], memory: float = 0.9) -> list[float]:
+def _smooth(losses: list[float], memory: float = 0.8) -> list[float]:
     """Exponential running mean, corrected for its start."""
     smooth, total, weight = [], 0.0, 0.0
     for loss in losses:

@@ -29,6 +29,7 @@ what training steps need above weights and optimiser state, each variant in its 
 examples:
   train.py                                    both trainings on MNIST, about 2 minutes on 2 cores
   train.py --data digits --width 16           a quick look
+  train.py --layout channels_last             against the plain blocks at their fastest
   train.py --blocks fused --stop-after 50     pause with a checkpoint ...
   train.py --blocks fused --resume            ... and go on
   train.py --device cuda --batch-size 256 --width 128 --blocks-per-stage 3 4
@@ -61,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stop as stop:
         parser.exit(stop.exit_code, f"{parser.prog}: error: {stop}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: interrupted; --resume goes on from the checkpoint\n")
+        parser.exit(
+            130, f"\n{parser.prog}: interrupted; --resume goes on from the last checkpoint\n"
+        )
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -154,8 +157,8 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
         "--layout",
         choices=LAYOUTS,
         default=Config.layout,
-        help="memory format of images and weights; channels_last is the faster one for both "
-        "kinds of blocks (default: %(default)s)",
+        help="memory format of images and weights: contiguous is what torch does by itself, "
+        "channels_last mostly the faster one for both kinds of blocks (default: %(default)s)",
     )
 
 

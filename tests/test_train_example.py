@@ -97,7 +97,7 @@ def test_results_file_holds_config_measurements_and_verdict(finished: Path) -> N
     assert all(check["passed"] for check in content["parity"])
     assert list(content["results"]) == VARIANTS
     for result in content["results"].values():
-        assert len(result["losses"]) == 1438 // 32
+        assert len(result["losses"]) == 1438 // 48
         assert result["final_loss"] < result["losses"][0]
         assert 0.1 < result["test_accuracy"] <= 1
         assert result["images_per_second"] > 0
@@ -133,7 +133,7 @@ def test_run_that_is_stopped_says_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_here(tmp_path, "--blocks", "fused", "--stop-after", "1")
-    assert "stopped after step 1 of 44; continue with --resume" in capsys.readouterr().out
+    assert "stopped after step 1 of 29; continue with --resume" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "cut short", "empty"])
