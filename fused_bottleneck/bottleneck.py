@@ -29,10 +29,9 @@ class FusedBottleneck(Bottleneck):
 
     def composed(self, x: Tensor) -> Tensor:
         """The plain block: its children called one by one."""
-        return self._add_composed(x, self.residual(x))
+        return self._join(self.branch(x), self.residual(x))
 
-    def _add_composed(self, x: Tensor, residual: Tensor) -> Tensor:
-        out = self.branch(x)
+    def _join(self, out: Tensor, residual: Tensor) -> Tensor:
         out += residual
         return self.relu(out)
 
@@ -62,7 +61,7 @@ class FusedBottleneck(Bottleneck):
             called = downsample(x)
             shortcut = functional.autocast_shortcut(called, cast)
             if checks.residual(cast, units, shortcut) is not None:
-                return self._add_composed(x, called)
+                return self._join(self.branch(x), called)
         return functional.run_bottleneck(cast, units, shortcut)
 
     def _called_downsample(self) -> nn.Module | None:
