@@ -24,7 +24,19 @@ from config import Config, Stop  # noqa: E402
 from data import batch_indices  # noqa: E402
 from model import build  # noqa: E402
 
-TINY = ["--data", "digits", "--width", "4", "--blocks-per-stage", "1", "1", "--epochs", "1"]
+TINY = [
+    "--data",
+    "digits",
+    "--width",
+    "4",
+    "--blocks-per-stage",
+    "1",
+    "1",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "48",
+]
 VARIANTS = ["reference", "fused"]
 
 
