@@ -41,6 +41,54 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
       "bn_backward_(Tensor g, Tensor y, Tensor mean, Tensor scale, Tensor? k0, Tensor? k1, "
       "Tensor(a!) out) -> ()");
 
+  // --- Fused 1x1 products, float32, channels in multiples of 16 (has_products: on this CPU). ---
+  // A weight is [K, C] with any strides. Sums over pixels: float32 in a block of rows, float64
+  // over the blocks; same bits for one thread count. workspace: uint8, at least
+  // product_workspace(P, K, C) long, with any content.
+
+  m.def("has_products() -> bool");
+  m.def("product_workspace(int rows, int depth, int channels) -> int");
+
+  // out = a weight.
+  m.def("product_(Tensor a, Tensor weight, Tensor(a!) out, Tensor(b!) workspace) -> ()");
+
+  // out = a weight + addend + shift.
+  m.def(
+      "product_add_(Tensor a, Tensor weight, Tensor addend, Tensor? shift, Tensor(a!) out, "
+      "Tensor(b!) workspace) -> ()");
+
+  // The same, with the moments of out as channel_moments has them.
+  m.def(
+      "product_moments_(Tensor a, Tensor weight, Tensor(a!) out, Tensor(b!) workspace) -> "
+      "(Tensor mean, Tensor m2)");
+
+  // v = a weight + a2 weight2 + shift + residual; out = relu(v); mask bit = live(v).
+  m.def(
+      "product_residual_relu_(Tensor a, Tensor weight, Tensor? a2, Tensor? weight2, Tensor shift, "
+      "Tensor? residual, Tensor(a!) out, Tensor(b!) mask, Tensor(c!) workspace) -> ()");
+
+  // out = a weight + (mask bit ? grad_out : 0).
+  m.def(
+      "product_masked_add_(Tensor a, Tensor weight, Tensor grad_out, Tensor mask, Tensor(a!) out, "
+      "Tensor(b!) workspace) -> ()");
+
+  // bn_backward_reduce_ of grad = a weight, with relu.
+  m.def(
+      "product_bn_backward_reduce_(Tensor a, Tensor weight, Tensor? addend, Tensor? shift, "
+      "Tensor y, Tensor mean, Tensor invstd, Tensor scale, Tensor? beta, Tensor(a!) g, "
+      "Tensor(b!) workspace) -> (Tensor sum_g, Tensor sum_g_xhat)");
+
+  // g = mask bit ? grad_out : 0: its column sums and g^T d; out = g weight.
+  m.def(
+      "masked_products_(Tensor grad_out, Tensor mask, Tensor d, Tensor weight, Tensor(a!) out, "
+      "Tensor(b!) workspace) -> (Tensor sum_g, Tensor s)");
+
+  // a^T b [A, B] of a [P, A] and b [P, B].
+  m.def("transposed_product(Tensor a, Tensor b, Tensor(a!) workspace) -> Tensor");
+
+  // d^T d [K, K], float64.
+  m.def("gram(Tensor d, Tensor(a!) workspace) -> Tensor");
+
   // out[b] = x[b]^T, contiguous [B, R, C] to [B, C, R]: between contiguous and channels_last.
   m.def("transpose_(Tensor x, Tensor(a!) out) -> ()");
 

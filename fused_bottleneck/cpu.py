@@ -34,6 +34,7 @@ from .stages import (
     conv2d,
     conv2d_backward,
     covariance,
+    second_moment,
 )
 
 _passes = torch.ops.fused_bottleneck
@@ -49,7 +50,7 @@ def _pointwise(weight: Tensor) -> Tensor:
     return weight[:, :, None, None]
 
 
-def _key(operand: Operand | ConvGrad) -> tuple[str, int]:
+def operand_key(operand: Operand | ConvGrad) -> tuple[str, int]:
     """What names an operand within a run: its kind and the tensor that it is made from."""
     tensor = operand.x if isinstance(operand, StridedInput) else operand.y
     return type(operand).__name__, id(tensor)
@@ -132,7 +133,7 @@ class CpuStages(Stages):
             return operand
         if isinstance(operand, StridedInput):
             return self._strided_input(operand)
-        key = _key(operand)
+        key = operand_key(operand)
         if key not in self._materialised:
             out = self._scratch(operand.y)
             _bn_apply(operand, True, out)
@@ -140,7 +141,7 @@ class CpuStages(Stages):
         return self._materialised[key]
 
     def _strided_input(self, operand: StridedInput) -> Tensor:
-        key = _key(operand)
+        key = operand_key(operand)
         if key not in self._materialised:
             source = operand.view()
             out = self._lease.take(source.shape, source.dtype)
@@ -150,7 +151,7 @@ class CpuStages(Stages):
 
     def _conv_grad(self, grad: ConvGrad) -> Tensor:
         """dy, in place of g: nothing reads g after it."""
-        key = _key(grad)
+        key = operand_key(grad)
         if key not in self._materialised:
             g = matrix(grad.g)
             _passes.bn_backward_(g, matrix(grad.y), *grad[2:], g)
@@ -174,7 +175,10 @@ class CpuStages(Stages):
     def gram(self, operand: Operand) -> tuple[Tensor, Tensor]:
         d = self._operand(operand)
         mean = _passes.channel_moments(matrix(d))[0]
-        return mean, covariance(matrix(d), mean)
+        return mean, covariance(self._second_moment(d), mean)
+
+    def _second_moment(self, d: Tensor) -> Tensor:
+        return second_moment(matrix(d).to(accumulation_dtype(d.dtype)))
 
     def conv(self, source: Tensor | Activation, weight: Tensor, geometry: Geometry) -> Tensor:
         operand = self._operand(source)
@@ -232,18 +236,26 @@ class CpuStages(Stages):
         buffer = out if channels_last else self._scratch(out[: chunks[0][1]])
         for i, j in chunks:
             rows = out[i:j] if channels_last else buffer[: j - i]
-            _passes.residual_relu_(
-                matrix(self._value_chunk(first, i, j)),
-                None,
-                None,
-                shift,
-                matrix(self._value_chunk(second, i, j)),
-                matrix(rows),
-                mask[i * h * w : j * h * w],
-            )
+            self._tail_images(first, second, shift, i, j, rows, mask[i * h * w : j * h * w])
             if not channels_last:
                 _passes.transpose_(_image_matrices(rows), out[i:j].flatten(2))
         return out, mask
+
+    def _tail_images(
+        self,
+        first: FoldedTerm | Tensor,
+        second: FoldedTerm | Tensor,
+        shift: Tensor,
+        i: int,
+        j: int,
+        out: Tensor,
+        mask: Tensor,
+    ) -> None:
+        """``out = relu(first + second + shift)`` and its mask, of images i to j."""
+        value, residual = self._value_chunk(first, i, j), self._value_chunk(second, i, j)
+        _passes.residual_relu_(
+            matrix(value), None, None, shift, matrix(residual), matrix(out), mask
+        )
 
     # Backward.
 
@@ -253,7 +265,7 @@ class CpuStages(Stages):
         """B1, and ``g a`` of every operand in the same pass over g (kept for B2 and B6)."""
         narrow = [self._operand(operand) for operand in operands]
         kept = [self._scratch(d) for d in narrow]
-        self._products.update(zip(map(_key, operands), kept, strict=True))
+        self._products.update(zip(map(operand_key, operands), kept, strict=True))
         sums: list[Tensor] = []
         products: list[list[Tensor]] = []
         chunks = list(self._chunks(grad.grad_out, sum(a.numel() for a in weights)))
@@ -280,7 +292,7 @@ class CpuStages(Stages):
     ) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
         """Chunks of ``g a`` (from B1) and ``D b``: first image, last image, the two products."""
         d = self._operand(operand)
-        product = self._products[_key(operand)]
+        product = self._products[operand_key(operand)]
         b = None if grad.b is None else _pointwise(grad.b.t().contiguous())
         for i, j in self._chunks(d, 0 if b is None else b.numel()):
             yield i, j, product[i:j], None if b is None else conv2d(d[i:j], b)
@@ -361,22 +373,26 @@ class CpuStages(Stages):
         downsample: InputTerm | ConvTerm | None,
         channels_last: bool,
     ) -> Tensor:
-        dy = self._conv_grad(conv.grad)
-        other = self._conv_grad(downsample.grad) if isinstance(downsample, ConvTerm) else None
         grad_x = large_empty(x.shape, x.dtype, True) if channels_last else self._scratch(x)
+        self._conv_input_grad_into(conv, identity, grad_x)
+        if isinstance(downsample, InputTerm):
+            self._add_folded_input_grad(grad_x, downsample)
+        elif downsample is not None:
+            self._add_conv_input_grad(grad_x, downsample)
+        return grad_x if channels_last else self._from_channels_last(grad_x)
+
+    def _conv_input_grad_into(
+        self, conv: ConvTerm, identity: MaskedGrad | None, grad_x: Tensor
+    ) -> None:
+        """``grad_x = conv^T(dy) + g``."""
+        dy = self._conv_grad(conv.grad)
         for i, j in self._chunks(grad_x, conv.weight.numel()):
-            value = _input_grad(dy[i:j], x[i:j], conv.weight, conv.geometry)
             rows = grad_x[i:j]
+            value = _input_grad(dy[i:j], rows, conv.weight, conv.geometry)
             if identity is not None:
                 self._add_masked(value, identity, i, j, rows)
-            elif isinstance(downsample, ConvTerm) and other is not None:
-                added = _input_grad(other[i:j], x[i:j], downsample.weight, downsample.geometry)
-                torch.add(value, added, out=rows)
             else:
                 rows.copy_(value)
-        if isinstance(downsample, InputTerm):
-            self._add_downsample(grad_x, downsample)
-        return grad_x if channels_last else self._from_channels_last(grad_x)
 
     def _add_masked(self, value: Tensor, grad: MaskedGrad, i: int, j: int, out: Tensor) -> None:
         """``out = value + g`` for images i to j."""
@@ -384,7 +400,13 @@ class CpuStages(Stages):
         rows = grad.mask[i * size : j * size]
         _passes.masked_add_(matrix(value), matrix(grad.grad_out[i:j]), rows, matrix(out))
 
-    def _add_downsample(self, grad_x: Tensor, term: InputTerm) -> None:
+    def _add_conv_input_grad(self, grad_x: Tensor, conv: ConvTerm) -> None:
+        """``grad_x += conv^T(dy)``."""
+        dy = self._conv_grad(conv.grad)
+        for i, j in self._chunks(grad_x, conv.weight.numel()):
+            grad_x[i:j].add_(_input_grad(dy[i:j], grad_x[i:j], conv.weight, conv.geometry))
+
+    def _add_folded_input_grad(self, grad_x: Tensor, term: InputTerm) -> None:
         """``grad_x[strided] += g a + D b + shift``."""
         target = term.operand._replace(x=grad_x).view()
         coefficients = term.coefficients

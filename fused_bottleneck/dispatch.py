@@ -1,20 +1,25 @@
 """Which implementation runs: the one place that knows about devices."""
 
+import torch
 from torch import Tensor
 
 from . import extension
 from .cpu import CpuStages
+from .cpu_products import CpuProductStages
 from .stages import Stages
 
 
 def stages_for(x: Tensor) -> Stages:
     """The implementation of the stages for x's device, for one run of a program.
 
-    CPU: the C++ passes where the extension is there; everything else: plain PyTorch.
+    CPU: the C++ passes where the extension is there, in float32 with fused 1x1 products where the
+    instruction set has them; everything else: plain PyTorch.
     """
-    if x.device.type == "cpu" and extension.loaded():
-        return CpuStages()
-    return Stages()
+    if x.device.type != "cpu" or not extension.loaded():
+        return Stages()
+    if x.dtype == torch.float32 and extension.has_products():
+        return CpuProductStages()
+    return CpuStages()
 
 
 def uses_gram(device: str, pixels: int, channels: int, width: int) -> bool:

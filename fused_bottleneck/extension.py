@@ -56,6 +56,11 @@ def reason() -> str:
     return _reason
 
 
+def has_products() -> bool:
+    """Whether the library is there and has fused 1x1 products for this CPU."""
+    return load() and torch.ops.fused_bottleneck.has_products()
+
+
 def _warn_once() -> None:
     global _warned
     if _warned or torch.compiler.is_compiling():
@@ -103,6 +108,24 @@ def _fake_two_vectors(matrix: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     return _column_vector(matrix), _column_vector(matrix)
 
 
+def _fake_transposed_product(a: Tensor, b: Tensor, workspace: Tensor) -> Tensor:
+    return a.new_empty(a.shape[1], b.shape[1])
+
+
+def _fake_gram(d: Tensor, workspace: Tensor) -> Tensor:
+    return d.new_empty(d.shape[1], d.shape[1], dtype=torch.float64)
+
+
+def _fake_masked_products(
+    grad_out: Tensor, mask: Tensor, d: Tensor, *args: object
+) -> tuple[Tensor, Tensor]:
+    return _column_vector(grad_out), grad_out.new_empty(grad_out.shape[1], d.shape[1])
+
+
+def _fake_product_vectors(a: Tensor, weight: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    return _column_vector(weight), _column_vector(weight)
+
+
 _FAKES: dict[str, Callable[..., object]] = {
     "channel_moments": _fake_two_vectors,
     "bn_apply_": _fake_nothing,
@@ -112,6 +135,15 @@ _FAKES: dict[str, Callable[..., object]] = {
     "transpose_": _fake_nothing,
     "bn_backward_reduce_": _fake_two_vectors,
     "bn_backward_": _fake_nothing,
+    "product_": _fake_nothing,
+    "product_add_": _fake_nothing,
+    "product_moments_": _fake_product_vectors,
+    "product_residual_relu_": _fake_nothing,
+    "product_masked_add_": _fake_nothing,
+    "product_bn_backward_reduce_": _fake_product_vectors,
+    "masked_products_": _fake_masked_products,
+    "transposed_product": _fake_transposed_product,
+    "gram": _fake_gram,
     "advise_huge_pages_": _fake_nothing,
 }
 

@@ -84,13 +84,16 @@ class Lease:
         _give_back(self._buffers)
         self._buffers = []
 
+    def take_bytes(self, size: int) -> Tensor:
+        """A uint8 ``[size]`` tensor with arbitrary content, valid until exit."""
+        buffer = _acquire(size)
+        self._buffers.append(buffer)
+        return buffer[:size]
+
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A channels_last ``[N, C, H, W]`` tensor with arbitrary content, valid until exit."""
         n, c, h, w = shape
-        size = math.prod(shape) * dtype.itemsize
-        buffer = _acquire(size)
-        self._buffers.append(buffer)
-        flat = buffer[:size].view(dtype)
+        flat = self.take_bytes(math.prod(shape) * dtype.itemsize).view(dtype)
         if _poisoned():
             flat.fill_(math.nan)
         return flat.view(n, h, w, c).permute(0, 3, 1, 2)

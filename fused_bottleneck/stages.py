@@ -114,10 +114,10 @@ def second_moment(d: Tensor) -> Tensor:
     return (total + (rest.t() @ rest)) / d.shape[0]
 
 
-def covariance(d: Tensor, mean: Tensor) -> Tensor:
-    """Biased covariance ``[K, K]`` of the rows of ``d`` ``[P, K]``, in the dtype of the mean."""
+def covariance(moment: Tensor, mean: Tensor) -> Tensor:
+    """Biased covariance ``[K, K]`` from the second moment and the mean, in the mean's dtype."""
     mean64 = mean.double()
-    return (second_moment(d.to(mean.dtype)) - torch.outer(mean64, mean64)).to(mean.dtype)
+    return (moment - torch.outer(mean64, mean64)).to(mean.dtype)
 
 
 def _per_channel(v: Tensor) -> Tensor:
@@ -251,8 +251,9 @@ class Stages:
     def gram(self, operand: Operand) -> tuple[Tensor, Tensor]:
         """F3: mean ``[K]`` and biased covariance ``[K, K]`` of the operand's rows."""
         d = matrix(self._operand(operand))
-        mean = d.to(accumulation_dtype(d.dtype)).mean(0)
-        return mean, covariance(d, mean)
+        d = d.to(accumulation_dtype(d.dtype))
+        mean = d.mean(0)
+        return mean, covariance(second_moment(d), mean)
 
     def tail_forward(
         self, terms: Sequence[FoldedTerm], residuals: Sequence[Tensor], channels_last: bool

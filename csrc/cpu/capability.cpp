@@ -3,6 +3,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "products.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -21,7 +22,7 @@ int best_level() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   // Not all supported compilers know "f16c" as a name in __builtin_cpu_supports.
   const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
-  if (!f16c || !__builtin_cpu_supports("avx2")) return 0;
+  if (!f16c || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return avx512 ? 2 : 1;
@@ -45,10 +46,13 @@ Capability choose() {
   const int level = requested < best ? requested : best;
 #if defined(__x86_64__)
   const Kernels* const tables[] = {isa_default::kernels, isa_avx2::kernels, isa_avx512::kernels};
+  const ProductKernels* const products[] = {nullptr, &isa_avx2::product_kernels,
+                                            &isa_avx512::product_kernels};
 #else
   const Kernels* const tables[] = {isa_default::kernels};
+  const ProductKernels* const products[] = {nullptr};
 #endif
-  return {kNames[level], tables[level]};
+  return {kNames[level], tables[level], products[level]};
 }
 
 }  // namespace

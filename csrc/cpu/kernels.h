@@ -34,6 +34,7 @@ struct ResidualRelu {
   const void* residual;  // matrix or null
   void* out;
   uint8_t* mask;
+  bool stream = false;  // write `out` past the caches where its alignment allows
 };
 
 struct MaskGrad {
@@ -48,6 +49,7 @@ struct MaskedAdd {
   const void *value, *grad_out;
   const uint8_t* mask;
   void* out;
+  bool stream = false;  // as above
 };
 
 struct BnBackwardReduce {
@@ -97,9 +99,11 @@ extern const Kernels kernels[kDtypes];
 // The instruction set in use: the best that the CPU has, capped by the environment variable
 // FUSED_BOTTLENECK_CPU_CAPABILITY (default | avx2 | avx512). Chosen at the first call; throws on
 // an unknown value of the variable.
+struct ProductKernels;
 struct Capability {
   const char* name;
   const Kernels* kernels;
+  const ProductKernels* products;  // null: this instruction set has none
 };
 const Capability& capability();
 

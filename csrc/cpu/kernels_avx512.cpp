@@ -2,6 +2,6 @@
 #if defined(__x86_64__)
 #define FUSED_BOTTLENECK_ISA isa_avx512
 #define FUSED_BOTTLENECK_VECTOR_BYTES 64
-#define FUSED_BOTTLENECK_TARGET "avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl"
+#define FUSED_BOTTLENECK_TARGET "avx2,f16c,fma,avx512f,avx512bw,avx512dq,avx512vl"
 #include "kernels_impl.h"
 #endif

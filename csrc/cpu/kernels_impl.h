@@ -67,6 +67,13 @@ void bn_apply(const BnApply& p, int64_t begin, int64_t end) {
   });
 }
 
+// Whether rows of so many channels may be streamed to `out`: every full vector is aligned.
+template <class T>
+FB_INLINE bool can_stream(const T* out, int64_t channels) {
+  constexpr int64_t bytes = FUSED_BOTTLENECK_VECTOR_BYTES;
+  return reinterpret_cast<uintptr_t>(out) % bytes == 0 && channels * sizeof(T) % bytes == 0;
+}
+
 template <class T>
 void residual_relu(const ResidualRelu& p, int64_t begin, int64_t end) {
   using A = Acc<T>;
@@ -79,6 +86,7 @@ void residual_relu(const ResidualRelu& p, int64_t begin, int64_t end) {
   uint8_t* mask = p.mask;
   const int64_t channels = p.channels;
   const int64_t mask_stride = (channels + 7) / 8;
+  const bool streaming = p.stream && can_stream(out, channels);
   for_each_lanes<A>(begin, end, 0, channels, [&](auto lanes, auto rows, int64_t row, int64_t c) {
     const auto mean_c = load(lanes, mean + c);
     const auto scale_c = load(lanes, scale + c);
@@ -87,10 +95,15 @@ void residual_relu(const ResidualRelu& p, int64_t begin, int64_t end) {
       const int64_t at = (row + r) * channels + c;
       auto v = affine(load(lanes, y + at), mean_c, scale_c, shift_c);
       if (residual != nullptr) v += load(lanes, residual + at);
-      store(lanes, out + at, relu(v));
+      if (streaming) {
+        stream(lanes, out + at, relu(v));
+      } else {
+        store(lanes, out + at, relu(v));
+      }
       write_bits(lanes, mask + (row + r) * mask_stride, c, live_bits(lanes, v));
     }
   });
+  if (streaming) stream_fence();
 }
 
 // --- mask_grad, masked_add, bn_backward_reduce: gradients through a ReLU, their column sums ---
@@ -143,14 +156,21 @@ void masked_add(const MaskedAdd& p, int64_t begin, int64_t end) {
   T* out = static_cast<T*>(p.out);
   const int64_t channels = p.channels;
   const int64_t mask_stride = (channels + 7) / 8;
+  const bool streaming = p.stream && can_stream(out, channels);
   for_each_lanes<A>(begin, end, 0, channels, [&](auto lanes, auto rows, int64_t row, int64_t c) {
     for (int r = 0; r < rows; ++r) {
       const int64_t at = (row + r) * channels + c;
       const uint32_t bits = read_bits(lanes, mask + (row + r) * mask_stride, c);
       const auto g = where_bits(lanes, bits, load(lanes, grad_out + at));
-      store(lanes, out + at, load(lanes, value + at) + g);
+      const auto sum = load(lanes, value + at) + g;
+      if (streaming) {
+        stream(lanes, out + at, sum);
+      } else {
+        store(lanes, out + at, sum);
+      }
     }
   });
+  if (streaming) stream_fence();
 }
 
 template <class T>
@@ -252,6 +272,10 @@ const Kernels kernels[kDtypes] = {kernels_of<float>, kernels_of<double>, kernels
                                   kernels_of<Half>};
 
 }  // namespace fused_bottleneck::cpu::FUSED_BOTTLENECK_ISA
+
+#if FUSED_BOTTLENECK_VECTOR_BYTES >= 32
+#include "products_impl.h"
+#endif
 
 #if defined(FUSED_BOTTLENECK_TARGET) && defined(__clang__)
 #pragma clang attribute pop

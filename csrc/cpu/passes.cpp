@@ -2,116 +2,19 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <functional>
 #include <initializer_list>
-#include <memory>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "../stable_utils.h"
-#include "kernels.h"
+#include "arguments.h"
 
 namespace fused_bottleneck::cpu {
 namespace {
 
 // Elements below which one more thread costs more than it brings (as at::internal::GRAIN_SIZE).
 constexpr int64_t kGrainElements = 32768;
-
-const Kernels& kernels_for(ScalarType dtype) {
-  const Kernels* table = capability().kernels;
-  switch (dtype) {
-    case ScalarType::Double:
-      return table[static_cast<int>(Dtype::float64)];
-    case ScalarType::BFloat16:
-      return table[static_cast<int>(Dtype::bfloat16)];
-    case ScalarType::Half:
-      return table[static_cast<int>(Dtype::float16)];
-    default:
-      return table[static_cast<int>(Dtype::float32)];
-  }
-}
-
-// The arguments of one call, checked against its first matrix as they are taken.
-class Arguments {
- public:
-  Arguments(const char* op, const char* name, const Tensor& matrix)
-      : op_(op), first_name_(name), first_(matrix) {
-    check_matrix(op, name, matrix);
-    rows = matrix.size(0);
-    channels = matrix.size(1);
-    dtype = matrix.scalar_type();
-    acc_dtype = accumulation_dtype(dtype);
-  }
-
-  const void* matrix(const char* name, const Tensor& t) const {
-    check_tensor(op_, name, t, dtype, {rows, channels});
-    return t.const_data_ptr();
-  }
-
-  const void* matrix(const char* name, const OptionalTensor& t) const {
-    return t.has_value() ? matrix(name, *t) : nullptr;
-  }
-
-  const void* vector(const char* name, const Tensor& t) const {
-    check_tensor(op_, name, t, acc_dtype, {channels});
-    return t.const_data_ptr();
-  }
-
-  // A vector of `value`, owned by this object, stands in for None: the kernels need no case.
-  const void* vector_or(double value, const char* name, const OptionalTensor& t) {
-    if (t.has_value()) return vector(name, *t);
-    if (acc_dtype == ScalarType::Double) {
-      return doubles_.emplace_back(channels, value).data();
-    }
-    return floats_.emplace_back(channels, static_cast<float>(value)).data();
-  }
-
-  const void* vector_or_null(const char* name, const OptionalTensor& t) const {
-    return t.has_value() ? vector(name, *t) : nullptr;
-  }
-
-  const uint8_t* mask(const Tensor& t) const {
-    check_tensor(op_, "mask", t, ScalarType::Byte, {rows, (channels + 7) / 8});
-    return static_cast<const uint8_t*>(t.const_data_ptr());
-  }
-
-  using Others = std::initializer_list<std::pair<const char*, OptionalTensor>>;
-
-  // The output matrix; it may share memory with an input matrix only exactly.
-  void* output(const char* name, const Tensor& t, Others inputs) const {
-    check_tensor(op_, name, t, dtype, {rows, channels});
-    check_overlap(op_, name, t, first_name_, first_);
-    for (const auto& [input_name, input] : inputs)
-      if (input.has_value()) check_overlap(op_, name, t, input_name, *input);
-    return t.mutable_data_ptr();
-  }
-
-  uint8_t* mask_output(const Tensor& t, Others others) const {
-    mask(t);
-    for (const auto& [other_name, other] : others)
-      if (other.has_value()) check_overlap(op_, "mask", t, other_name, *other);
-    return static_cast<uint8_t*>(t.mutable_data_ptr());
-  }
-
-  void together(const char* a_name, const OptionalTensor& a, const char* b_name,
-                const OptionalTensor& b) const {
-    STD_TORCH_CHECK(a.has_value() == b.has_value(), op_, ": expected ", a_name, " and ", b_name,
-                    " to be given together, got only ", a.has_value() ? a_name : b_name);
-  }
-
-  Tensor new_vector() const { return torch::stable::new_empty(first_, {channels}, acc_dtype); }
-
-  int64_t rows, channels;
-  ScalarType dtype, acc_dtype;
-
- private:
-  const char *op_, *first_name_;
-  const Tensor& first_;
-  std::vector<std::vector<float>> floats_;
-  std::vector<std::vector<double>> doubles_;
-};
 
 // body(begin, end) over rows, in parallel.
 template <class Body>
@@ -139,22 +42,6 @@ struct Chunks {
   static constexpr int64_t kMinRows = 64;  // bounds the partial results against the matrix
 };
 
-// Two results of each chunk, [chunks, channels] doubles each.
-class Partials {
- public:
-  Partials(const Chunks& chunks, int64_t channels)
-      : channels_(channels),
-        half_(chunks.count * channels),
-        data_(new double[2 * chunks.count * channels]) {}
-
-  double* first(int64_t chunk) const { return data_.get() + chunk * channels_; }
-  double* second(int64_t chunk) const { return data_.get() + half_ + chunk * channels_; }
-
- private:
-  int64_t channels_, half_;
-  std::unique_ptr<double[]> data_;
-};
-
 template <class Body>
 void parallel_chunks(const Chunks& chunks, const Body& body) {
   torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
@@ -162,34 +49,12 @@ void parallel_chunks(const Chunks& chunks, const Body& body) {
   });
 }
 
-// A new vector with these values, rounded to the accumulation dtype.
-Tensor to_vector(const Arguments& args, const double* values) {
-  Tensor vector = args.new_vector();
-  void* data = vector.mutable_data_ptr();
-  if (args.acc_dtype == ScalarType::Double) {
-    std::copy_n(values, args.channels, static_cast<double*>(data));
-  } else {
-    std::transform(values, values + args.channels, static_cast<float*>(data),
-                   [](double value) { return static_cast<float>(value); });
-  }
-  return vector;
-}
-
-// The sum over chunks, in order; `partial(chunk)` are [channels] sums, the first is overwritten.
-template <class Partial>
-Tensor sum_chunks(const Arguments& args, const Chunks& chunks, const Partial& partial) {
-  double* total = partial(0);
-  for (int64_t chunk = 1; chunk < chunks.count; ++chunk)
-    std::transform(total, total + args.channels, partial(chunk), total, std::plus<>());
-  return to_vector(args, total);
-}
-
 std::tuple<Tensor, Tensor> channel_moments(const Tensor& y) {
   const Arguments args("channel_moments", "y", y);
   const ChannelMoments call{args.channels, y.const_data_ptr()};
   const Kernels& kernels = kernels_for(args.dtype);
   const Chunks chunks(args);
-  const Partials partials(chunks, args.channels);
+  const Partials partials(chunks.count, args.channels);
   parallel_chunks(chunks, [&](int64_t chunk) {
     kernels.channel_moments(call, chunks.begin(chunk), chunks.end(chunk), partials.first(chunk),
                             partials.second(chunk));
@@ -240,11 +105,11 @@ Tensor mask_grad_(const Tensor& grad_out, const Tensor& mask, const Tensor& g) {
                       args.output("g", g, {{"mask", mask}})};
   const auto kernel = kernels_for(args.dtype).mask_grad;
   const Chunks chunks(args);
-  const Partials partials(chunks, args.channels);
+  const Partials partials(chunks.count, args.channels);
   parallel_chunks(chunks, [&](int64_t chunk) {
     kernel(call, chunks.begin(chunk), chunks.end(chunk), partials.first(chunk));
   });
-  return sum_chunks(args, chunks, [&](int64_t chunk) { return partials.first(chunk); });
+  return sum_parts(args, chunks.count, [&](int64_t chunk) { return partials.first(chunk); });
 }
 
 void masked_add_(const Tensor& value, const Tensor& grad_out, const Tensor& mask,
@@ -279,13 +144,13 @@ std::tuple<Tensor, Tensor> bn_backward_reduce_(const Tensor& grad, const Optiona
                               args.output("g", g, {{"addend", addend}, {"y", y}})};
   const auto kernel = kernels_for(args.dtype).bn_backward_reduce;
   const Chunks chunks(args);
-  const Partials partials(chunks, args.channels);
+  const Partials partials(chunks.count, args.channels);
   parallel_chunks(chunks, [&](int64_t chunk) {
     kernel(call, chunks.begin(chunk), chunks.end(chunk), partials.first(chunk),
            partials.second(chunk));
   });
-  return {sum_chunks(args, chunks, [&](int64_t chunk) { return partials.first(chunk); }),
-          sum_chunks(args, chunks, [&](int64_t chunk) { return partials.second(chunk); })};
+  return {sum_parts(args, chunks.count, [&](int64_t chunk) { return partials.first(chunk); }),
+          sum_parts(args, chunks.count, [&](int64_t chunk) { return partials.second(chunk); })};
 }
 
 void bn_backward_(const Tensor& g, const Tensor& y, const Tensor& mean, const Tensor& scale,

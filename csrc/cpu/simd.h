@@ -133,6 +133,30 @@ FB_INLINE void store(Lanes<A, W>, T* p, Value<A, W> v) {
   write(p, narrow<T, W>(v));
 }
 
+// Stores past the caches, to an aligned address; pair with stream_fence().
+template <class T, class A, int W>
+FB_INLINE void stream(Lanes<A, W> lanes, T* p, Value<A, W> v) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<T, float> && W * sizeof(float) == FUSED_BOTTLENECK_VECTOR_BYTES) {
+#if FUSED_BOTTLENECK_VECTOR_BYTES == 64
+    _mm512_stream_ps(p, (__m512)v);
+#elif FUSED_BOTTLENECK_VECTOR_BYTES == 32
+    _mm256_stream_ps(p, (__m256)v);
+#else
+    _mm_stream_ps(p, (__m128)v);
+#endif
+    return;
+  }
+#endif
+  store(lanes, p, v);
+}
+
+FB_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // --- relu and its mask. A live element is !(v <= 0): NaN is live, and relu(NaN) is NaN. ---
 
 // value where `gate` is live, zero elsewhere.

@@ -1,0 +1,107 @@
+// The interface between the fused 1x1 products (products.cpp) and their micro-kernels
+// (products_impl.h), compiled once per instruction set; plain data only, as in kernels.h.
+//
+// A 1x1 convolution of pixels is a matrix product. A block of pixels goes through the caches once:
+// its operands are packed into panels while they are read (the prologue), multiplied out of the L2
+// cache, and the block of values, still there, goes through a row kernel of kernels.h (the
+// epilogue). No wide intermediate touches memory.
+//
+// Panels, all float32, channels in multiples of kChannelMultiple:
+//   left   [channels / kLeft][stride][kLeft]: a block of rows, one element broadcast at a time
+//   right  [channels / width][stride][width]: read in whole vectors; width is 2 vectors, and 1 for
+//          what is left of the channels. Panel c begins at c * stride.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_bottleneck::cpu {
+
+constexpr int64_t kChannelMultiple = 16;
+constexpr int64_t kLeft = 8;
+constexpr int64_t kPanelMultiple = 32;  // of the widest right panel
+// Of a product over pixels: the right panels that are to stay in a core's L2 cache.
+constexpr int64_t kNarrowBytes = 384 * 1024;
+// Rows of a left block are padded with zeros to a multiple of this (12 or 6 rows to a tile).
+constexpr int64_t kRowMultiple = 12;
+
+// rows x channels of a row-major matrix with `channels` columns.
+struct PackRows {
+  const float* source;
+  int64_t rows, channels;
+  int64_t stride;       // of the panels, in rows; at least `rows` (left: rounded up)
+  const uint8_t* mask;  // left only: elements without their bit count as zero; null: all count
+  float* panels;
+  double* sums;         // left only: column sums are added here; null: not wanted
+};
+
+// A weight seen as [depth, channels] with any strides: rows depth_begin .. of right panels whose
+// stride is total_depth.
+struct PackWeight {
+  const float* source;
+  int64_t depth, channels, depth_stride, channel_stride;
+  int64_t depth_begin, total_depth;
+  float* panels;
+};
+
+// Memory that is wanted soon: asked for while a product computes, a few lines at each step.
+constexpr int kAheads = 3;
+struct Ahead {
+  const void* at = nullptr;
+  int64_t bytes = 0;
+};
+
+// values [rows, channels] = left [rows, depth] times right [depth, channels].
+struct Multiply {
+  int64_t rows, depth, channels;
+  const float* left;
+  int64_t left_stride;
+  const float* right;
+  float* values;
+  Ahead ahead[kAheads];
+};
+
+// sums (+)= left^T right over `rows` rows: float32 within the call, double across calls. The layout
+// of sums is the kernels' own, [left_channels * right_channels]; see unpack_sums.
+struct Accumulate {
+  int64_t rows, left_channels, right_channels;
+  const float* left;
+  int64_t left_stride;
+  const float* right;
+  int64_t right_stride;
+  bool upper;  // left and right are the same matrix: tiles below the diagonal are left out
+  bool first;  // sums has no content yet
+  double* sums;
+  Ahead ahead[kAheads];
+};
+
+// out[l * left_step + r * right_step] = sums of (l, r) over `parts` arrays of sums, `part_step`
+// doubles apart, in order; for left channels [begin, end), multiples of kLeft. One of the steps is
+// 1. With `upper`, what is below the diagonal's tiles is left alone.
+struct UnpackSums {
+  int64_t begin, end, right_channels;
+  const double* sums;
+  int64_t parts, part_step;
+  bool upper;
+  int64_t left_step, right_step;
+  float* floats;  // one of the two is null
+  double* doubles;
+};
+
+struct ProductKernels {
+  void (*pack_left)(const PackRows&);
+  void (*pack_right)(const PackRows&);
+  // Channels [begin, end); begin a multiple of kPanelMultiple, end too or the last.
+  void (*pack_weight)(const PackWeight&, int64_t begin, int64_t end);
+  void (*multiply)(const Multiply&);
+  void (*accumulate)(const Accumulate&);
+  void (*unpack_sums)(const UnpackSums&);
+};
+
+namespace isa_avx2 {
+extern const ProductKernels product_kernels;
+}
+namespace isa_avx512 {
+extern const ProductKernels product_kernels;
+}
+
+}  // namespace fused_bottleneck::cpu

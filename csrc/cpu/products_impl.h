@@ -1,0 +1,303 @@
+// The micro-kernels of the 1x1 products, for one instruction set with fused multiply-add; float32.
+// Included by kernels_impl.h. See products.h for the layouts.
+//
+// A tile of the result stays in registers over the whole depth: 12 x 2 vectors of AVX-512, 6 x 2 of
+// AVX2, so that a step costs 2 vector loads and 12 (6) broadcasts for 24 (12) multiply-adds.
+#pragma once
+
+#include "products.h"
+
+namespace fused_bottleneck::cpu::FUSED_BOTTLENECK_ISA {
+
+using Float = FullLanes<float>;
+using FloatVector = Value<float, Float::count>;
+constexpr int kVector = Float::count;
+constexpr int kWide = 2 * kVector;
+
+#if FUSED_BOTTLENECK_VECTOR_BYTES == 64
+constexpr int kTileRows = 12;  // of multiply
+constexpr int kTileLeft = 8;   // left channels of accumulate
+FB_INLINE FloatVector multiply_add(float a, FloatVector b, FloatVector c) {
+  return (FloatVector)_mm512_fmadd_ps(_mm512_set1_ps(a), (__m512)b, (__m512)c);
+}
+#else
+constexpr int kTileRows = 6;
+constexpr int kTileLeft = 4;
+FB_INLINE FloatVector multiply_add(float a, FloatVector b, FloatVector c) {
+  return (FloatVector)_mm256_fmadd_ps(_mm256_set1_ps(a), (__m256)b, (__m256)c);
+}
+#endif
+static_assert(kRowMultiple % kTileRows == 0 && kLeft % kTileLeft == 0);
+static_assert(kChannelMultiple % kVector == 0 && kChannelMultiple % kLeft == 0);
+
+template <int Rows, int Vectors>
+struct Tile {
+  FloatVector at[Rows][Vectors];
+};
+
+// One step of the depth: tile[r][v] += left[r * left_step] * right[v].
+template <int Rows, int Vectors>
+FB_INLINE void step(Tile<Rows, Vectors>& tile, const float* left, int64_t left_step,
+                    const float* right) {
+  FloatVector b[Vectors];
+#pragma GCC unroll 2
+  for (int v = 0; v < Vectors; ++v) b[v] = read<FloatVector>(right + v * kVector);
+#pragma GCC unroll 12
+  for (int r = 0; r < Rows; ++r) {
+    const float a = left[r * left_step];
+#pragma GCC unroll 2
+    for (int v = 0; v < Vectors; ++v) tile.at[r][v] = multiply_add(a, b[v], tile.at[r][v]);
+  }
+}
+
+// body(Vectors, channel) for every right panel of [0, channels).
+template <class Body>
+FB_INLINE void for_each_panel(int64_t channels, const Body& body) {
+  int64_t c = 0;
+  for (; c + kWide <= channels; c += kWide) body(std::integral_constant<int, 2>{}, c);
+  for (; c < channels; c += kVector) body(std::integral_constant<int, 1>{}, c);
+}
+
+// --- packing ---
+
+// Lanes [half * kLeft, (half + 1) * kLeft) of every half, to panels that are `apart` floats apart.
+FB_INLINE void write_left(float* out, int64_t apart, FloatVector v) {
+#if FUSED_BOTTLENECK_VECTOR_BYTES == 64
+  _mm256_storeu_ps(out, _mm512_castps512_ps256((__m512)v));
+  _mm256_storeu_ps(out + apart, _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+  write(out, v);
+#endif
+}
+
+// Channels [c_begin, c_end) of all rows; total[0 ..] are their sums.
+FB_INLINE void pack_left_tile(const PackRows& p, int64_t c_begin, int64_t c_end, float* total) {
+  const int64_t panel = p.stride * kLeft;
+  const int64_t mask_stride = (p.channels + 7) / 8;
+  clear(total);
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const float* source = p.source + row * p.channels;
+    for (int64_t c = c_begin; c < c_end; c += kVector) {
+      FloatVector v = load(Float{}, source + c);
+      if (p.mask != nullptr)
+        v = where_bits(Float{}, read_bits(Float{}, p.mask + row * mask_stride, c), v);
+      float* sum = total + (c - c_begin);
+      store(Float{}, sum, load(Float{}, sum) + v);
+      write_left(p.panels + c / kLeft * panel + row * kLeft, panel, v);
+    }
+  }
+}
+
+void pack_left(const PackRows& p) {
+  float total[kChannelBlock];
+  for (int64_t c = 0; c < p.channels; c += kChannelBlock) {
+    const int64_t c_end = min64(c + kChannelBlock, p.channels);
+    pack_left_tile(p, c, c_end, total);
+    if (p.sums != nullptr) add_tile_sum(total, c, c_end, p.sums);
+  }
+  const int64_t padded = (p.rows + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
+  for (int64_t c = 0; c < p.channels; c += kLeft)
+    for (int64_t at = p.rows * kLeft; at < padded * kLeft; ++at) p.panels[c * p.stride + at] = 0;
+}
+
+void pack_right(const PackRows& p) {
+  for_each_panel(p.channels, [&](auto vectors, int64_t c) {
+    constexpr int width = vectors * kVector;
+    float* panel = p.panels + c * p.stride;
+    for (int64_t row = 0; row < p.rows; ++row)
+      for (int v = 0; v < width; v += kVector)
+        store(Float{}, panel + row * width + v, load(Float{}, p.source + row * p.channels + c + v));
+  });
+}
+
+// to[k][i] = from[i][k] for 8 x 8 elements.
+FB_INLINE void transpose_8x8(const float* from, int64_t from_step, float* to, int64_t to_step) {
+  __m256 r[8], s[8];
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * from_step);
+  for (int i = 0; i < 8; i += 2) {
+    s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      r[i + 2 * j] = _mm256_shuffle_ps(s[i + j], s[i + j + 2], 0x44);
+      r[i + 2 * j + 1] = _mm256_shuffle_ps(s[i + j], s[i + j + 2], 0xee);
+    }
+  for (int k = 0; k < 4; ++k) {
+    _mm256_storeu_ps(to + k * to_step, _mm256_permute2f128_ps(r[k], r[k + 4], 0x20));
+    _mm256_storeu_ps(to + (k + 4) * to_step, _mm256_permute2f128_ps(r[k], r[k + 4], 0x31));
+  }
+}
+
+// One panel of a weight, from its first channel on.
+FB_INLINE void pack_panel(const PackWeight& p, const float* source, int64_t width, float* panel) {
+  if (p.channel_stride == 1) {
+    for (int64_t k = 0; k < p.depth; ++k)
+      for (int64_t i = 0; i < width; i += kVector)
+        store(Float{}, panel + k * width + i, load(Float{}, source + k * p.depth_stride + i));
+  } else if (p.depth_stride == 1) {
+    for (int64_t k = 0; k < p.depth; k += 8)
+      for (int64_t i = 0; i < width; i += 8)
+        transpose_8x8(source + i * p.channel_stride + k, p.channel_stride, panel + k * width + i,
+                      width);
+  } else {
+    for (int64_t k = 0; k < p.depth; ++k)
+      for (int64_t i = 0; i < width; ++i)
+        panel[k * width + i] = source[k * p.depth_stride + i * p.channel_stride];
+  }
+}
+
+void pack_weight(const PackWeight& p, int64_t begin, int64_t end) {
+  for_each_panel(end - begin, [&](auto vectors, int64_t from) {
+    constexpr int width = vectors * kVector;
+    const int64_t c = begin + from;
+    pack_panel(p, p.source + c * p.channel_stride, width,
+               p.panels + c * p.total_depth + p.depth_begin * width);
+  });
+}
+
+// --- products ---
+
+// Walks over the memory of a call's aheads, in as many equal steps as the call has.
+class Prefetcher {
+ public:
+  FB_INLINE Prefetcher(const Ahead* aheads, int64_t steps) : next_(aheads), end_(aheads + kAheads) {
+    int64_t lines = 0;
+    for (int i = 0; i < kAheads; ++i) lines += aheads[i].bytes / kLine + 1;
+    lines_ = (lines + steps - 1) / steps;
+    start();
+  }
+
+  FB_INLINE void step() {
+    for (int64_t i = 0; i < lines_ && next_ != end_; ++i) {
+      __builtin_prefetch(at_, 0, 2);
+      at_ += kLine;
+      if (at_ >= stop_) {
+        ++next_;
+        start();
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+
+  FB_INLINE void start() {
+    while (next_ != end_ && next_->bytes == 0) ++next_;
+    if (next_ == end_) return;
+    at_ = static_cast<const char*>(next_->at);
+    stop_ = at_ + next_->bytes;
+  }
+
+  const Ahead *next_, *end_;
+  const char *at_ = nullptr, *stop_ = nullptr;
+  int64_t lines_;
+};
+
+template <int Vectors>
+FB_INLINE void multiply_tile(const Multiply& p, int64_t row, int64_t c, Prefetcher& ahead) {
+  Tile<kTileRows, Vectors> tile{};
+  const float* left = p.left + row * kLeft;
+  const float* right = p.right + c * p.depth;
+  for (int64_t k = 0; k < p.depth; k += kLeft, left += p.left_stride * kLeft) {
+    ahead.step();
+#pragma GCC unroll 8
+    for (int i = 0; i < kLeft; ++i, right += Vectors * kVector) step(tile, left + i, kLeft, right);
+  }
+  for (int r = 0; r < kTileRows; ++r)
+    for (int v = 0; v < Vectors; ++v)
+      write(p.values + (row + r) * p.channels + c + v * kVector, tile.at[r][v]);
+}
+
+void multiply(const Multiply& p) {
+  const int64_t tiles = p.rows / kTileRows * ((p.channels + kWide - 1) / kWide);
+  Prefetcher ahead(p.ahead, tiles * p.depth / kLeft);
+  for_each_panel(p.channels, [&](auto vectors, int64_t c) {
+    for (int64_t row = 0; row < p.rows; row += kTileRows) multiply_tile<vectors>(p, row, c, ahead);
+  });
+}
+
+// sums (+)= values of one tile.
+FB_INLINE void add_tile(const float* values, int count, bool first, double* sums) {
+  if (first) {
+    for (int i = 0; i < count; ++i) sums[i] = values[i];
+  } else {
+    for (int i = 0; i < count; ++i) sums[i] += values[i];
+  }
+}
+
+template <int Vectors>
+FB_INLINE void accumulate_tile(const Accumulate& p, int64_t l, int64_t c, Prefetcher& ahead) {
+  constexpr int width = Vectors * kVector;
+  constexpr int count = kTileLeft * width;
+  Tile<kTileLeft, Vectors> tile{};
+  const float* left = p.left + l / kLeft * kLeft * p.left_stride + l % kLeft;
+  const float* right = p.right + c * p.right_stride;
+  double* sums = p.sums + l * p.right_channels + c * kTileLeft;
+  for (int i = 0; i < count; i += 8) __builtin_prefetch(sums + i, 1);
+  int64_t row = 0;
+  for (; row + kLeft <= p.rows; row += kLeft) {
+    ahead.step();
+#pragma GCC unroll 8
+    for (int i = 0; i < kLeft; ++i, left += kLeft, right += width) step(tile, left, 1, right);
+  }
+  for (; row < p.rows; ++row, left += kLeft, right += width) step(tile, left, 1, right);
+  add_tile(reinterpret_cast<const float*>(&tile), count, p.first, sums);
+}
+
+// A group of right panels that stays in the L2 cache goes along all left ones.
+void accumulate(const Accumulate& p) {
+  const int64_t fitting = kNarrowBytes / (p.rows * static_cast<int64_t>(sizeof(float)));
+  const int64_t group = fitting < kWide ? kWide : fitting / kWide * kWide;
+  const int64_t tiles = p.left_channels / kTileLeft * ((p.right_channels + kWide - 1) / kWide);
+  Prefetcher ahead(p.ahead, (p.upper ? tiles / 2 : tiles) * (p.rows / kLeft) + 1);
+  for (int64_t from = 0; from < p.right_channels; from += group)
+    for (int64_t l = 0; l < p.left_channels; l += kTileLeft)
+      for_each_panel(min64(group, p.right_channels - from), [&](auto vectors, int64_t c) {
+        constexpr int width = vectors * kVector;
+        if (!p.upper || from + c + width > l) accumulate_tile<vectors>(p, l, from + c, ahead);
+      });
+}
+
+// out(l, r) of one tile.
+template <class Out>
+FB_INLINE void unpack_tile(const UnpackSums& p, Out* out, int64_t l, int64_t c, int64_t width) {
+  const double* tile = p.sums + l * p.right_channels + c * kTileLeft;
+  const int64_t count = kTileLeft * width;
+  double total[kTileLeft * kWide];
+  for (int64_t i = 0; i < count; ++i) total[i] = tile[i];
+  for (int64_t part = 1; part < p.parts; ++part)
+    for (int64_t i = 0; i < count; ++i) total[i] += tile[part * p.part_step + i];
+  out += l * p.left_step + c * p.right_step;
+  if (p.left_step == 1) {
+    for (int64_t j = 0; j < width; ++j)
+      for (int i = 0; i < kTileLeft; ++i)
+        out[i + j * p.right_step] = static_cast<Out>(total[i * width + j]);
+  } else {
+    for (int i = 0; i < kTileLeft; ++i)
+      for (int64_t j = 0; j < width; ++j)
+        out[i * p.left_step + j] = static_cast<Out>(total[i * width + j]);
+  }
+}
+
+template <class Out>
+FB_INLINE void unpack_all(const UnpackSums& p, Out* out) {
+  for (int64_t l = p.begin; l < p.end; l += kTileLeft)
+    for_each_panel(p.right_channels, [&](auto vectors, int64_t c) {
+      constexpr int width = vectors * kVector;
+      if (!p.upper || c + width > l) unpack_tile(p, out, l, c, width);
+    });
+}
+
+void unpack_sums(const UnpackSums& p) {
+  if (p.doubles != nullptr) {
+    unpack_all(p, p.doubles);
+  } else {
+    unpack_all(p, p.floats);
+  }
+}
+
+const ProductKernels product_kernels = {pack_left, pack_right, pack_weight,
+                                        multiply,  accumulate, unpack_sums};
+
+}  // namespace fused_bottleneck::cpu::FUSED_BOTTLENECK_ISA

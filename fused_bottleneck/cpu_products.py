@@ -1,0 +1,229 @@
+"""The stages on CPU in float32: 1x1 products with the passes around them fused in (csrc/cpu/products.cpp).
+
+A block of pixels goes from its operand through the product to its epilogue inside a core's L2
+cache. What such a product cannot take (channels that are no multiple of 16, kernels larger than
+1x1) goes the way of ``CpuStages``.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .algebra import OperandGrad
+from .cpu import CpuStages, operand_key
+from .operands import Activation, ConvGrad, Geometry, MaskedGrad, matrix, pixels, strided
+from .scratch import large_empty
+from .stages import ConvTerm, FoldedTerm, GradSums, InputTerm, Moments, Operand
+
+_passes = torch.ops.fused_bottleneck
+
+CHANNEL_MULTIPLE = 16
+
+
+def _fits(*channels: int) -> bool:
+    """Whether a product can take matrices of so many channels."""
+    return all(c % CHANNEL_MULTIPLE == 0 for c in channels)
+
+
+def _is_product(weight: Tensor, geometry: Geometry) -> bool:
+    """Whether a convolution is one product over (strided) pixels."""
+    pointwise = weight.shape[2:] == (1, 1) and geometry.padding == (0, 0) and geometry.groups == 1
+    return pointwise and _fits(*weight.shape[:2])
+
+
+class CpuProductStages(CpuStages):
+    """``CpuStages`` for float32, with fused 1x1 products; see ``Stages`` for what each computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lent = torch.empty(0, dtype=torch.uint8)
+
+    def _workspace(self, a: Tensor, channels: int) -> Tensor:
+        """Memory for a product of ``[N, K, H, W]`` pixels with ``channels`` others or outputs."""
+        return self._lend(pixels(a), a.shape[1], channels)
+
+    def _lend(self, rows: int, depth: int, channels: int) -> Tensor:
+        size = _passes.product_workspace(rows, depth, channels)
+        if self._lent.numel() < size:
+            self._lent = self._lease.take_bytes(size)
+        return self._lent
+
+    def _seen(self, source: Tensor | Activation, geometry: Geometry) -> Tensor:
+        """The pixels that a 1x1 convolution sees, in channels_last memory."""
+        operand = self._operand(source)
+        if geometry.stride == (1, 1):
+            return operand
+        key = ("seen", id(operand))
+        if key not in self._materialised:
+            view = strided(operand, geometry.stride)
+            self._materialised[key] = self._scratch(view).copy_(view)
+        return self._materialised[key]
+
+    # Forward.
+
+    def conv(self, source: Tensor | Activation, weight: Tensor, geometry: Geometry) -> Tensor:
+        if not _is_product(weight, geometry):
+            return super().conv(source, weight, geometry)
+        operand, out = self._product_operands(source, weight, geometry)
+        workspace = self._workspace(operand, weight.shape[0])
+        _passes.product_(matrix(operand), weight.flatten(1).t(), matrix(out), workspace)
+        return out
+
+    def conv_forward(
+        self, source: Tensor | Activation, weight: Tensor, geometry: Geometry
+    ) -> tuple[Tensor, Moments]:
+        if not _is_product(weight, geometry):
+            return super().conv_forward(source, weight, geometry)
+        operand, out = self._product_operands(source, weight, geometry)
+        workspace = self._workspace(operand, weight.shape[0])
+        mean, m2 = _passes.product_moments_(
+            matrix(operand), weight.flatten(1).t(), matrix(out), workspace
+        )
+        return out, Moments(mean, m2 / pixels(out))
+
+    def _product_operands(
+        self, source: Tensor | Activation, weight: Tensor, geometry: Geometry
+    ) -> tuple[Tensor, Tensor]:
+        """What a 1x1 convolution multiplies, and memory for its output."""
+        operand = self._seen(source, geometry)
+        n, _, h, w = operand.shape
+        return operand, large_empty((n, weight.shape[0], h, w), operand.dtype, True)
+
+    def _second_moment(self, d: Tensor) -> Tensor:
+        if not _fits(d.shape[1]):
+            return super()._second_moment(d)
+        return _passes.gram(matrix(d), self._workspace(d, d.shape[1])) / pixels(d)
+
+    def _tail_images(
+        self,
+        first: FoldedTerm | Tensor,
+        second: FoldedTerm | Tensor,
+        shift: Tensor,
+        i: int,
+        j: int,
+        out: Tensor,
+        mask: Tensor,
+    ) -> None:
+        if isinstance(first, Tensor) or not _fits(*first.folded.weight.shape):
+            return super()._tail_images(first, second, shift, i, j, out, mask)
+        terms: list[Tensor | None] = []
+        operands = []
+        residual = None
+        for source in (first, second):
+            if isinstance(source, FoldedTerm) and _fits(*source.folded.weight.shape):
+                operands.append(self._operand(source.operand)[i:j])
+                terms += [matrix(operands[-1]), source.folded.weight.t()]
+            else:
+                residual = matrix(self._value_chunk(source, i, j))
+                terms += [None, None]
+        depth = sum(operand.shape[1] for operand in operands)
+        workspace = self._lend(pixels(out), depth, out.shape[1])
+        _passes.product_residual_relu_(*terms, shift, residual, matrix(out), mask, workspace)
+
+    # Backward.
+
+    def tail_wgrad(
+        self, grad: MaskedGrad, operands: Sequence[Operand], weights: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        if not all(_fits(*a.shape) for a in weights):
+            return super().tail_wgrad(grad, operands, weights)
+        sum_g, products = torch.empty(0), []
+        for operand, a in zip(operands, weights, strict=True):
+            d = self._operand(operand)
+            kept = self._products[operand_key(operand)] = self._scratch(d)
+            workspace = self._workspace(d, a.shape[0])
+            sum_g, s = _passes.masked_products_(
+                matrix(grad.grad_out), grad.mask, matrix(d), a, matrix(kept), workspace
+            )
+            products.append(s)
+        return sum_g, products
+
+    def tail_dgrad(
+        self, grad: MaskedGrad, act: Activation, coefficients: OperandGrad, invstd: Tensor
+    ) -> tuple[Tensor, GradSums]:
+        if coefficients.b is None or not _fits(act.y.shape[1]):
+            return super().tail_dgrad(grad, act, coefficients, invstd)
+        product = self._products[operand_key(act)]
+        return self._product_reduce(
+            self._operand(act), coefficients.b, product, coefficients.shift, act, invstd
+        )
+
+    def _product_reduce(
+        self,
+        a: Tensor,
+        weight: Tensor,
+        addend: Tensor | None,
+        shift: Tensor | None,
+        act: Activation,
+        invstd: Tensor,
+    ) -> tuple[Tensor, GradSums]:
+        """``g = (a weight + addend + shift) * [act > 0]`` and its two sums."""
+        g = self._scratch(act.y)
+        sums = _passes.product_bn_backward_reduce_(
+            matrix(a),
+            weight,
+            None if addend is None else matrix(addend),
+            shift,
+            matrix(act.y),
+            act.mean,
+            invstd,
+            act.scale,
+            act.beta,
+            matrix(g),
+            self._workspace(a, weight.shape[1]),
+        )
+        return g, GradSums(*sums)
+
+    def conv_dgrad(
+        self, grad: ConvGrad, weight: Tensor, geometry: Geometry, act: Activation, invstd: Tensor
+    ) -> tuple[Tensor, GradSums]:
+        if not _is_product(weight, geometry) or geometry.stride != (1, 1):
+            return super().conv_dgrad(grad, weight, geometry, act, invstd)
+        dy = self._conv_grad(grad)
+        return self._product_reduce(dy, weight.flatten(1), None, None, act, invstd)
+
+    def conv_wgrad(
+        self, grad: ConvGrad, source: Tensor | Activation, weight: Tensor, geometry: Geometry
+    ) -> Tensor:
+        if not _is_product(weight, geometry):
+            return super().conv_wgrad(grad, source, weight, geometry)
+        dy, operand = self._conv_grad(grad), self._seen(source, geometry)
+        workspace = self._workspace(dy, operand.shape[1])
+        return _passes.transposed_product(matrix(dy), matrix(operand), workspace).view_as(weight)
+
+    def _conv_input_grad_into(
+        self, conv: ConvTerm, identity: MaskedGrad | None, grad_x: Tensor
+    ) -> None:
+        if not _is_product(conv.weight, conv.geometry) or conv.geometry.stride != (1, 1):
+            return super()._conv_input_grad_into(conv, identity, grad_x)
+        dy, weight, out = self._conv_grad(conv.grad), conv.weight.flatten(1), matrix(grad_x)
+        workspace = self._workspace(dy, out.shape[1])
+        if identity is None:
+            _passes.product_(matrix(dy), weight, out, workspace)
+        else:
+            grad_out = matrix(identity.grad_out)
+            _passes.product_masked_add_(
+                matrix(dy), weight, grad_out, identity.mask, out, workspace
+            )
+
+    def _add_conv_input_grad(self, grad_x: Tensor, conv: ConvTerm) -> None:
+        if not _is_product(conv.weight, conv.geometry):
+            return super()._add_conv_input_grad(grad_x, conv)
+        target = strided(grad_x, conv.geometry.stride)
+        dy, weight = self._conv_grad(conv.grad), conv.weight.flatten(1)
+        value = self._scratch(target)
+        _passes.product_(matrix(dy), weight, matrix(value), self._workspace(dy, weight.shape[1]))
+        target.add_(value)
+
+    def _add_folded_input_grad(self, grad_x: Tensor, term: InputTerm) -> None:
+        operand, coefficients, _ = term
+        if coefficients.b is None or not _fits(grad_x.shape[1]):
+            return super()._add_folded_input_grad(grad_x, term)
+        d, product = self._operand(operand), self._products[operand_key(operand)]
+        value = self._scratch(d)
+        workspace = self._workspace(d, d.shape[1])
+        _passes.product_add_(
+            matrix(d), coefficients.b, matrix(product), coefficients.shift, matrix(value), workspace
+        )
+        operand._replace(x=grad_x).view().add_(value)
