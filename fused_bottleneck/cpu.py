@@ -22,7 +22,7 @@ from .operands import (
     matrix,
     pixels,
 )
-from .scratch import Lease, large_empty
+from .scratch import Lease, result_empty
 from .stages import (
     ConvTerm,
     FoldedTerm,
@@ -184,21 +184,21 @@ class CpuStages(Stages):
         operand = self._operand(source)
         size = (operand.shape[2], operand.shape[3])
         height, width = geometry.output_size(*size, (weight.shape[2], weight.shape[3]))
-        out = large_empty((operand.shape[0], weight.shape[0], height, width), operand.dtype, True)
+        out = result_empty((operand.shape[0], weight.shape[0], height, width), operand.dtype, True)
         for i, j in self._chunks(out, weight.numel()):
             out[i:j] = conv2d(operand[i:j], weight, geometry)
         return out
 
     def _from_channels_last(self, t: Tensor) -> Tensor:
         """A contiguous copy of a channels_last tensor."""
-        out = large_empty(t.shape, t.dtype)
+        out = result_empty(t.shape, t.dtype)
         _passes.transpose_(_image_matrices(t), out.flatten(2))
         return out
 
     def activation(self, act: Activation, channels_last: bool) -> Tensor:
         if not channels_last:
             return self._from_channels_last(self._operand(act))
-        out = large_empty(act.y.shape, act.y.dtype, channels_last=True)
+        out = result_empty(act.y.shape, act.y.dtype, channels_last=True)
         _bn_apply(act, True, out)
         return out
 
@@ -230,7 +230,7 @@ class CpuStages(Stages):
         shift = torch.zeros(channels, dtype=accumulation_dtype(dtype))
         for term in terms:
             shift += term.folded.shift
-        out = large_empty(shape, dtype, channels_last)
+        out = result_empty(shape, dtype, channels_last)
         mask = torch.empty(n * h * w, -(-channels // 8), dtype=torch.uint8)
         chunks = list(self._chunks(out, sum(term.folded.weight.numel() for term in terms)))
         buffer = out if channels_last else self._scratch(out[: chunks[0][1]])
@@ -361,7 +361,7 @@ class CpuStages(Stages):
         return g, _total(sums)
 
     def masked_grad(self, grad: MaskedGrad) -> Tensor:
-        g = large_empty(grad.grad_out.shape, grad.grad_out.dtype, channels_last=True)
+        g = result_empty(grad.grad_out.shape, grad.grad_out.dtype, channels_last=True)
         self._masked_chunk(grad, 0, g.shape[0], g)
         return g
 
@@ -373,7 +373,7 @@ class CpuStages(Stages):
         downsample: InputTerm | ConvTerm | None,
         channels_last: bool,
     ) -> Tensor:
-        grad_x = large_empty(x.shape, x.dtype, True) if channels_last else self._scratch(x)
+        grad_x = result_empty(x.shape, x.dtype, True) if channels_last else self._scratch(x)
         self._conv_input_grad_into(conv, identity, grad_x)
         if isinstance(downsample, InputTerm):
             self._add_folded_input_grad(grad_x, downsample)

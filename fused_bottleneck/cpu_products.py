@@ -1,8 +1,13 @@
-"""The stages on CPU in float32: 1x1 products with the passes around them fused in (csrc/cpu/products.cpp).
+"""The stages on CPU in float32 with this library's own products.
 
-A block of pixels goes from its operand through the product to its epilogue inside a core's L2
-cache. What such a product cannot take (channels that are no multiple of 16, kernels larger than
-1x1) goes the way of ``CpuStages``.
+* 1x1 convolutions (csrc/cpu/products.cpp): a block of pixels goes from its operand through the
+  product to its epilogue inside a core's L2 cache.
+* 3x3 convolutions of stride 1 (csrc/cpu/winograd.cpp): Winograd's F(2x2, 3x3), with 2.25 times
+  fewer multiplications and a smaller error. It spreads what is not finite over a tile, so it serves
+  batch statistics only: they spread it over the whole channel anyway.
+
+What these cannot take (channels that are no multiple of 16, other kernels) goes the way of
+``CpuStages``.
 """
 
 from collections.abc import Sequence
@@ -12,8 +17,17 @@ from torch import Tensor
 
 from .algebra import OperandGrad
 from .cpu import CpuStages, operand_key
-from .operands import Activation, ConvGrad, Geometry, MaskedGrad, matrix, pixels, strided
-from .scratch import large_empty
+from .operands import (
+    Activation,
+    ConvGrad,
+    Geometry,
+    MaskedGrad,
+    matrix,
+    pixels,
+    strided,
+)
+from .rules import uses_winograd, uses_winograd_weight_grad
+from .scratch import result_empty
 from .stages import ConvTerm, FoldedTerm, GradSums, InputTerm, Moments, Operand
 
 _passes = torch.ops.fused_bottleneck
@@ -32,6 +46,24 @@ def _is_product(weight: Tensor, geometry: Geometry) -> bool:
     return pointwise and _fits(*weight.shape[:2])
 
 
+_WINOGRAD = Geometry((1, 1), (1, 1))
+
+
+def _tiles(t: Tensor) -> int:
+    """Number of 2x2 tiles of a ``[N, C, H, W]`` tensor."""
+    return t.shape[0] * -(-t.shape[2] // 2) * -(-t.shape[3] // 2)
+
+
+def _is_winograd(weight: Tensor, geometry: Geometry) -> bool:
+    """Whether a convolution is one that Winograd's way can take."""
+    return weight.shape[2:] == (3, 3) and geometry == _WINOGRAD and _fits(*weight.shape[:2])
+
+
+def _nhwc(t: Tensor) -> Tensor:
+    """The ``[N, H, W, C]`` view of a ``[N, C, H, W]`` tensor."""
+    return t.permute(0, 2, 3, 1)
+
+
 class CpuProductStages(CpuStages):
     """``CpuStages`` for float32, with fused 1x1 products; see ``Stages`` for what each computes."""
 
@@ -41,10 +73,9 @@ class CpuProductStages(CpuStages):
 
     def _workspace(self, a: Tensor, channels: int) -> Tensor:
         """Memory for a product of ``[N, K, H, W]`` pixels with ``channels`` others or outputs."""
-        return self._lend(pixels(a), a.shape[1], channels)
+        return self._lend(_passes.product_workspace(pixels(a), a.shape[1], channels))
 
-    def _lend(self, rows: int, depth: int, channels: int) -> Tensor:
-        size = _passes.product_workspace(rows, depth, channels)
+    def _lend(self, size: int) -> Tensor:
         if self._lent.numel() < size:
             self._lent = self._lease.take_bytes(size)
         return self._lent
@@ -73,6 +104,13 @@ class CpuProductStages(CpuStages):
     def conv_forward(
         self, source: Tensor | Activation, weight: Tensor, geometry: Geometry
     ) -> tuple[Tensor, Moments]:
+        if _is_winograd(weight, geometry):
+            operand = self._operand(source)
+            if uses_winograd(_tiles(operand)):
+                n, _, h, w = operand.shape
+                out = result_empty((n, weight.shape[0], h, w), operand.dtype, True)
+                self._winograd(operand, weight, False, out)
+                return out, self._moments(out)
         if not _is_product(weight, geometry):
             return super().conv_forward(source, weight, geometry)
         operand, out = self._product_operands(source, weight, geometry)
@@ -82,13 +120,18 @@ class CpuProductStages(CpuStages):
         )
         return out, Moments(mean, m2 / pixels(out))
 
+    def _winograd(self, x: Tensor, weight: Tensor, transposed: bool, out: Tensor) -> None:
+        """``out = conv(x, weight)``, or the gradient of its input from x."""
+        size = _passes.winograd_workspace(_tiles(x), x.shape[1], out.shape[1])
+        _passes.winograd_conv_(_nhwc(x), weight, transposed, _nhwc(out), self._lend(size))
+
     def _product_operands(
         self, source: Tensor | Activation, weight: Tensor, geometry: Geometry
     ) -> tuple[Tensor, Tensor]:
         """What a 1x1 convolution multiplies, and memory for its output."""
         operand = self._seen(source, geometry)
         n, _, h, w = operand.shape
-        return operand, large_empty((n, weight.shape[0], h, w), operand.dtype, True)
+        return operand, result_empty((n, weight.shape[0], h, w), operand.dtype, True)
 
     def _second_moment(self, d: Tensor) -> Tensor:
         if not _fits(d.shape[1]):
@@ -118,8 +161,10 @@ class CpuProductStages(CpuStages):
                 residual = matrix(self._value_chunk(source, i, j))
                 terms += [None, None]
         depth = sum(operand.shape[1] for operand in operands)
-        workspace = self._lend(pixels(out), depth, out.shape[1])
-        _passes.product_residual_relu_(*terms, shift, residual, matrix(out), mask, workspace)
+        size = _passes.product_workspace(pixels(out), depth, out.shape[1])
+        _passes.product_residual_relu_(
+            *terms, shift, residual, matrix(out), mask, self._lend(size)
+        )
 
     # Backward.
 
@@ -178,6 +223,10 @@ class CpuProductStages(CpuStages):
     def conv_dgrad(
         self, grad: ConvGrad, weight: Tensor, geometry: Geometry, act: Activation, invstd: Tensor
     ) -> tuple[Tensor, GradSums]:
+        if grad.k0 is not None and _is_winograd(weight, geometry) and uses_winograd(_tiles(act.y)):
+            g = self._scratch(act.y)
+            self._winograd(self._conv_grad(grad), weight, True, g)
+            return g, self._reduce(g, None, None, act, invstd, g)
         if not _is_product(weight, geometry) or geometry.stride != (1, 1):
             return super().conv_dgrad(grad, weight, geometry, act, invstd)
         dy = self._conv_grad(grad)
@@ -186,11 +235,19 @@ class CpuProductStages(CpuStages):
     def conv_wgrad(
         self, grad: ConvGrad, source: Tensor | Activation, weight: Tensor, geometry: Geometry
     ) -> Tensor:
+        winograd = grad.k0 is not None and _is_winograd(weight, geometry)
+        if winograd and uses_winograd_weight_grad(_tiles(grad.y)):
+            return self._winograd_weight_grad(self._conv_grad(grad), self._operand(source))
         if not _is_product(weight, geometry):
             return super().conv_wgrad(grad, source, weight, geometry)
         dy, operand = self._conv_grad(grad), self._seen(source, geometry)
         workspace = self._workspace(dy, operand.shape[1])
         return _passes.transposed_product(matrix(dy), matrix(operand), workspace).view_as(weight)
+
+    def _winograd_weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
+        size = _passes.winograd_workspace(_tiles(x), x.shape[1], dy.shape[1])
+        grad = _passes.winograd_weight_grad(_nhwc(dy), _nhwc(x), self._lend(size))
+        return grad.permute(0, 3, 1, 2)
 
     def _conv_input_grad_into(
         self, conv: ConvTerm, identity: MaskedGrad | None, grad_x: Tensor

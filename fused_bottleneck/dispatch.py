@@ -20,15 +20,3 @@ def stages_for(x: Tensor) -> Stages:
     if x.dtype == torch.float32 and extension.has_products():
         return CpuProductStages()
     return CpuStages()
-
-
-def uses_gram(device: str, pixels: int, channels: int, width: int) -> bool:
-    """Whether a tail unit ``[pixels, channels] -> [pixels, width]`` takes the gram way (tail.py).
-
-    On CPU arithmetic decides: the gram way where it costs fewer multiply-adds. Elsewhere memory
-    does, and the gram way always moves less of it.
-    """
-    if device != "cpu":
-        return True
-    gram = 2 * pixels * channels + 3 * width * channels
-    return gram < pixels * width

@@ -126,6 +126,10 @@ def _fake_product_vectors(a: Tensor, weight: Tensor, *args: object) -> tuple[Ten
     return _column_vector(weight), _column_vector(weight)
 
 
+def _fake_winograd_weight_grad(grad: Tensor, x: Tensor, workspace: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape[3], 3, 3, x.shape[3])
+
+
 _FAKES: dict[str, Callable[..., object]] = {
     "channel_moments": _fake_two_vectors,
     "bn_apply_": _fake_nothing,
@@ -144,6 +148,8 @@ _FAKES: dict[str, Callable[..., object]] = {
     "masked_products_": _fake_masked_products,
     "transposed_product": _fake_transposed_product,
     "gram": _fake_gram,
+    "winograd_conv_": _fake_nothing,
+    "winograd_weight_grad": _fake_winograd_weight_grad,
     "advise_huge_pages_": _fake_nothing,
 }
 

@@ -22,6 +22,17 @@ from .units import Unit, UnitGrads, UnitState, activation, conv_grad, unit_grads
 _NARROW_TENSORS = 7  # y1, y2, mask, and mean and invstd of the two narrow normalisations
 
 
+def _conv_unit(
+    stages: Stages, source: Tensor | Activation, unit: Unit
+) -> tuple[Tensor, UnitState, list[Tensor]]:
+    """F1, F2: a convolution's output, the state of its normalisation, and what is reported."""
+    if not unit.batch:
+        y = stages.conv(source, unit.weight, unit.geometry)
+        return y, unit_state(unit, unit.fixed_moments()), []
+    y, moments = stages.conv_forward(source, unit.weight, unit.geometry)
+    return y, unit_state(unit, moments), unit.reported(moments)
+
+
 def _tail_operand(stages: Stages, act: Activation, unit2: Unit, unit3: Unit) -> Activation:
     """The centred operand of conv3: around relu(beta2), where batch statistics put BN2's output.
 
@@ -58,11 +69,9 @@ def bottleneck_forward(
     """
     with stages_for(x) as stages:
         x = stages.channels_last(x)
-        y1, moments1 = stages.conv_forward(x, units[0].weight, POINTWISE)
-        state1 = unit_state(units[0], moments1)
+        y1, state1, reported1 = _conv_unit(stages, x, units[0])
         act1 = activation(y1, units[0], state1)
-        y2, moments2 = stages.conv_forward(act1, units[1].weight, units[1].geometry)
-        state2 = unit_state(units[1], moments2)
+        y2, state2, reported2 = _conv_unit(stages, act1, units[1])
         act2 = activation(y2, units[1], state2)
         operands: list[Operand] = [_tail_operand(stages, act2, units[1], units[2])]
         residuals = []
@@ -78,8 +87,7 @@ def bottleneck_forward(
         residuals += [t.added for t in tails if t.added is not None]
         out, mask = stages.tail_forward(terms, residuals, channels_last)
     saved = [y1, y2, mask, *state1, *state2, *(s for t in tails for s in t.state.tensors())]
-    reported = units[0].reported(moments1) + units[1].reported(moments2)
-    return out, saved, reported + [r for t in tails for r in t.reported]
+    return out, saved, [*reported1, *reported2, *(r for t in tails for r in t.reported)]
 
 
 def _tails_backward(
@@ -214,10 +222,9 @@ def conv_bn_relu_forward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Forward of ``relu(bn(conv(x)))``: out, ``[y, mean, invstd]``, and the batch statistics."""
     with stages_for(x) as stages:
-        y, moments = stages.conv_forward(stages.channels_last(x), unit.weight, unit.geometry)
-        state = unit_state(unit, moments)
+        y, state, reported = _conv_unit(stages, stages.channels_last(x), unit)
         out = stages.activation(activation(y, unit, state), channels_last)
-    return out, [y, *state], unit.reported(moments)
+    return out, [y, *state], reported
 
 
 def conv_bn_relu_backward(

@@ -18,8 +18,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import algebra
-from .dispatch import uses_gram
 from .operands import POINTWISE, Activation, ConvGrad, Geometry, MaskedGrad, StridedInput
+from .rules import uses_gram
 from .stages import FoldedTerm, Moments, Operand, Stages
 from .units import Unit, UnitGrads, UnitState, bias_grad, conv_grad, unit_grads
 

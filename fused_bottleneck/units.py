@@ -75,9 +75,8 @@ class UnitGrads(NamedTuple):
 
 
 def unit_state(unit: Unit, moments: Moments) -> UnitState:
-    """The state of a unit whose convolution's output has the given moments."""
-    used = moments if unit.batch else unit.fixed_moments()
-    return UnitState(used.mean, algebra.inverse_std(used.var, unit.eps))
+    """The state of a unit whose normalisation uses the given moments."""
+    return UnitState(moments.mean, algebra.inverse_std(moments.var, unit.eps))
 
 
 def activation(y: Tensor, unit: Unit, state: UnitState) -> Activation:

@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 #include "products.h"
+#include "winograd.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -48,11 +49,14 @@ Capability choose() {
   const Kernels* const tables[] = {isa_default::kernels, isa_avx2::kernels, isa_avx512::kernels};
   const ProductKernels* const products[] = {nullptr, &isa_avx2::product_kernels,
                                             &isa_avx512::product_kernels};
+  const WinogradKernels* const winograd[] = {nullptr, &isa_avx2::winograd_kernels,
+                                             &isa_avx512::winograd_kernels};
 #else
   const Kernels* const tables[] = {isa_default::kernels};
   const ProductKernels* const products[] = {nullptr};
+  const WinogradKernels* const winograd[] = {nullptr};
 #endif
-  return {kNames[level], tables[level], products[level]};
+  return {kNames[level], tables[level], products[level], winograd[level]};
 }
 
 }  // namespace

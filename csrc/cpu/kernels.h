@@ -100,10 +100,12 @@ extern const Kernels kernels[kDtypes];
 // FUSED_BOTTLENECK_CPU_CAPABILITY (default | avx2 | avx512). Chosen at the first call; throws on
 // an unknown value of the variable.
 struct ProductKernels;
+struct WinogradKernels;
 struct Capability {
   const char* name;
   const Kernels* kernels;
-  const ProductKernels* products;  // null: this instruction set has none
+  const ProductKernels* products;   // null: this instruction set has none
+  const WinogradKernels* winograd;  // null where products is
 };
 const Capability& capability();
 

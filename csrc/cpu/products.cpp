@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "blocking.h"
 #include "kernels.h"
 #include "products.h"
 
@@ -22,81 +23,18 @@ constexpr int64_t kLeftBytes = 400 * 1024;
 // Rows that are summed in float32 before the sum goes on in double; a block of them in a product
 // over pixels, whose wide operand is read once per cache line and may come from the L3 cache.
 constexpr int64_t kMaxRows = 396;
-// What the sums of all threads may take together.
-constexpr int64_t kSumsBytes = 128 * 1024 * 1024;
-constexpr int64_t kAlignment = 64;
 // A result larger than this goes past the caches: little of it would still be there at its use.
 constexpr int64_t kStreamBytes = 24 * 1024 * 1024;
 static_assert(kMaxRows % kRowMultiple == 0);
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 int64_t row_limit(int64_t bytes, int64_t floats_per_row) {
   const int64_t rows = bytes / (floats_per_row * static_cast<int64_t>(sizeof(float)));
   return std::clamp(rows / kRowMultiple * kRowMultiple, kRowMultiple, kMaxRows);
 }
 
-// An odd number of cache lines from panel to panel, or of pairs: else all begin in one cache set.
-int64_t left_stride(int64_t rows) { return round_up(rows, kRowMultiple) + 2; }
-int64_t right_stride(int64_t rows) { return round_up(rows, kRowMultiple) + 1; }
-
-const ProductKernels& kernels_in_use() {
-  const ProductKernels* kernels = capability().products;
-  STD_TORCH_CHECK(kernels != nullptr, "fused 1x1 products need AVX2 and FMA, got ",
-                  capability().name);
-  return *kernels;
-}
-
 const Kernels& row_kernels() { return capability().kernels[static_cast<int>(Dtype::float32)]; }
 
-// --- threads, blocks, workspace ---
-
-int64_t thread_count() { return torch::stable::get_num_threads(); }
-
-// Threads that have sums of their own.
-int64_t summing_threads(int64_t sums) {
-  const int64_t fitting = kSumsBytes / std::max<int64_t>(1, sums * sizeof(double));
-  return std::clamp<int64_t>(fitting, 1, thread_count());
-}
-
-// The rows in equal contiguous shares, one per thread, and a share in blocks of one size but the
-// last: whole tiles but for the share's last rows.
-struct Blocks {
-  Blocks(int64_t rows, int64_t most_threads, int64_t most_rows) : rows(rows) {
-    threads = std::clamp<int64_t>(rows / kRowMultiple, 1, most_threads);
-    const int64_t share = (rows + threads - 1) / threads;
-    per_thread = (share + most_rows - 1) / most_rows;
-    block = std::min(most_rows, round_up((share + per_thread - 1) / per_thread, kRowMultiple));
-  }
-
-  int64_t share_begin(int64_t thread) const { return rows * thread / threads; }
-  int64_t count() const { return threads * per_thread; }
-
-  int64_t rows, threads, per_thread, block;
-};
-
-// Rows of one thread, as a block: its number, its first row, how many.
-struct Block {
-  int64_t thread, index, begin, rows;
-  bool first;         // of its thread
-  int64_t next_rows;  // of the block after it
-};
-
-// body(Block) for all blocks; those of one thread in order. A share may have fewer blocks than
-// per_thread: then some numbers are not used.
-template <class Body>
-void parallel_blocks(const Blocks& blocks, const Body& body) {
-  torch::stable::parallel_for(0, blocks.threads, 1, [&](int64_t first, int64_t last) {
-    for (int64_t thread = first; thread < last; ++thread) {
-      const int64_t begin = blocks.share_begin(thread), end = blocks.share_begin(thread + 1);
-      for (int64_t row = begin, i = 0; row < end; row += blocks.block, ++i) {
-        const int64_t rows = std::min(blocks.block, end - row);
-        body(Block{thread, thread * blocks.per_thread + i, row, rows, i == 0,
-                   std::min(blocks.block, end - row - rows)});
-      }
-    }
-  });
-}
+// --- blocks and workspace ---
 
 Blocks product_blocks(int64_t rows, int64_t depth, int64_t channels) {
   return Blocks(rows, thread_count(), row_limit(kBlockBytes, 2 * depth + channels));
@@ -129,30 +67,6 @@ int64_t workspace_bytes(int64_t rows, int64_t depth, int64_t channels) {
   return floats * sizeof(float) + summing_threads(weight) * round_up(weight, kAlignment) * 8 +
          kAlignment;
 }
-
-// Carves arrays out of memory that the caller lent.
-class Workspace {
- public:
-  Workspace(const char* op, const Tensor& t, int64_t needed) {
-    STD_TORCH_CHECK(
-        t.is_cpu() && t.scalar_type() == ScalarType::Byte && t.dim() == 1 && t.is_contiguous(), op,
-        ": expected workspace to be uint8 [bytes], contiguous, on the CPU, got ", describe(t));
-    STD_TORCH_CHECK(t.numel() >= needed, op, ": expected workspace to have at least ", needed,
-                    " bytes, got ", t.numel());
-    const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-    next_ = reinterpret_cast<char*>(round_up(begin, kAlignment));
-  }
-
-  template <class T>
-  T* take(int64_t count) {
-    T* array = reinterpret_cast<T*>(next_);
-    next_ += round_up(count * sizeof(T), kAlignment);
-    return array;
-  }
-
- private:
-  char* next_;
-};
 
 // --- operands ---
 

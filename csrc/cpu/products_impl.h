@@ -194,26 +194,35 @@ class Prefetcher {
   int64_t lines_;
 };
 
+// Depth that is summed in one chain; the error of a sum grows with the length of its chains.
+constexpr int64_t kDepthChain = 512;
+
+// Depth [begin, end) of one tile: into the values, or added to them.
 template <int Vectors>
-FB_INLINE void multiply_tile(const Multiply& p, int64_t row, int64_t c, Prefetcher& ahead) {
+FB_INLINE void multiply_tile(const Multiply& p, int64_t row, int64_t c, int64_t begin, int64_t end,
+                             Prefetcher& ahead) {
   Tile<kTileRows, Vectors> tile{};
-  const float* left = p.left + row * kLeft;
-  const float* right = p.right + c * p.depth;
-  for (int64_t k = 0; k < p.depth; k += kLeft, left += p.left_stride * kLeft) {
+  const float* left = p.left + begin * p.left_stride + row * kLeft;
+  const float* right = p.right + c * p.depth + begin * (Vectors * kVector);
+  for (int64_t k = begin; k < end; k += kLeft, left += p.left_stride * kLeft) {
     ahead.step();
 #pragma GCC unroll 8
     for (int i = 0; i < kLeft; ++i, right += Vectors * kVector) step(tile, left + i, kLeft, right);
   }
   for (int r = 0; r < kTileRows; ++r)
-    for (int v = 0; v < Vectors; ++v)
-      write(p.values + (row + r) * p.channels + c + v * kVector, tile.at[r][v]);
+    for (int v = 0; v < Vectors; ++v) {
+      float* value = p.values + (row + r) * p.channels + c + v * kVector;
+      write(value, begin == 0 ? tile.at[r][v] : read<FloatVector>(value) + tile.at[r][v]);
+    }
 }
 
 void multiply(const Multiply& p) {
   const int64_t tiles = p.rows / kTileRows * ((p.channels + kWide - 1) / kWide);
   Prefetcher ahead(p.ahead, tiles * p.depth / kLeft);
   for_each_panel(p.channels, [&](auto vectors, int64_t c) {
-    for (int64_t row = 0; row < p.rows; row += kTileRows) multiply_tile<vectors>(p, row, c, ahead);
+    for (int64_t k = 0; k < p.depth; k += kDepthChain)
+      for (int64_t row = 0; row < p.rows; row += kTileRows)
+        multiply_tile<vectors>(p, row, c, k, min64(k + kDepthChain, p.depth), ahead);
   });
 }
 
@@ -226,23 +235,32 @@ FB_INLINE void add_tile(const float* values, int count, bool first, double* sums
   }
 }
 
+// Rows that are summed one after the other; the error of such a sum grows with its length.
+constexpr int64_t kChain = 48;
+
 template <int Vectors>
 FB_INLINE void accumulate_tile(const Accumulate& p, int64_t l, int64_t c, Prefetcher& ahead) {
   constexpr int width = Vectors * kVector;
   constexpr int count = kTileLeft * width;
-  Tile<kTileLeft, Vectors> tile{};
   const float* left = p.left + l / kLeft * kLeft * p.left_stride + l % kLeft;
   const float* right = p.right + c * p.right_stride;
   double* sums = p.sums + l * p.right_channels + c * kTileLeft;
   for (int i = 0; i < count; i += 8) __builtin_prefetch(sums + i, 1);
-  int64_t row = 0;
-  for (; row + kLeft <= p.rows; row += kLeft) {
-    ahead.step();
+  Tile<kTileLeft, Vectors> total{};
+  for (int64_t begin = 0; begin < p.rows; begin += kChain) {
+    const int64_t end = min64(begin + kChain, p.rows);
+    Tile<kTileLeft, Vectors> tile{};
+    int64_t row = begin;
+    for (; row + kLeft <= end; row += kLeft) {
+      ahead.step();
 #pragma GCC unroll 8
-    for (int i = 0; i < kLeft; ++i, left += kLeft, right += width) step(tile, left, 1, right);
+      for (int i = 0; i < kLeft; ++i, left += kLeft, right += width) step(tile, left, 1, right);
+    }
+    for (; row < end; ++row, left += kLeft, right += width) step(tile, left, 1, right);
+    for (int r = 0; r < kTileLeft; ++r)
+      for (int v = 0; v < Vectors; ++v) total.at[r][v] += tile.at[r][v];
   }
-  for (; row < p.rows; ++row, left += kLeft, right += width) step(tile, left, 1, right);
-  add_tile(reinterpret_cast<const float*>(&tile), count, p.first, sums);
+  add_tile(reinterpret_cast<const float*>(&total), count, p.first, sums);
 }
 
 // A group of right panels that stays in the L2 cache goes along all left ones.
