@@ -46,17 +46,11 @@ def _is_product(weight: Tensor, geometry: Geometry) -> bool:
     return pointwise and _fits(*weight.shape[:2])
 
 
-_WINOGRAD = Geometry((1, 1), (1, 1))
-
-
-def _tiles(t: Tensor) -> int:
-    """Number of 2x2 tiles of a ``[N, C, H, W]`` tensor."""
-    return t.shape[0] * -(-t.shape[2] // 2) * -(-t.shape[3] // 2)
-
-
 def _is_winograd(weight: Tensor, geometry: Geometry) -> bool:
     """Whether a convolution is one that Winograd's way can take."""
-    return weight.shape[2:] == (3, 3) and geometry == _WINOGRAD and _fits(*weight.shape[:2])
+    plain = Geometry(geometry.stride, (1, 1))
+    strides = geometry.stride in ((1, 1), (2, 2))
+    return weight.shape[2:] == (3, 3) and geometry == plain and strides and _fits(*weight.shape[:2])
 
 
 def _nhwc(t: Tensor) -> Tensor:
@@ -106,10 +100,11 @@ class CpuProductStages(CpuStages):
     ) -> tuple[Tensor, Moments]:
         if _is_winograd(weight, geometry):
             operand = self._operand(source)
-            if uses_winograd(_tiles(operand)):
-                n, _, h, w = operand.shape
-                out = result_empty((n, weight.shape[0], h, w), operand.dtype, True)
-                self._winograd(operand, weight, False, out)
+            height, width = geometry.output_size(operand.shape[2], operand.shape[3], (3, 3))
+            shape = (operand.shape[0], weight.shape[0], height, width)
+            if uses_winograd(shape, geometry.stride[0]):
+                out = result_empty(shape, operand.dtype, True)
+                self._winograd(operand, weight, geometry.stride[0], False, out)
                 return out, self._moments(out)
         if not _is_product(weight, geometry):
             return super().conv_forward(source, weight, geometry)
@@ -120,10 +115,14 @@ class CpuProductStages(CpuStages):
         )
         return out, Moments(mean, m2 / pixels(out))
 
-    def _winograd(self, x: Tensor, weight: Tensor, transposed: bool, out: Tensor) -> None:
+    def _winograd(
+        self, x: Tensor, weight: Tensor, stride: int, transposed: bool, out: Tensor
+    ) -> None:
         """``out = conv(x, weight)``, or the gradient of its input from x."""
-        size = _passes.winograd_workspace(_tiles(x), x.shape[1], out.shape[1])
-        _passes.winograd_conv_(_nhwc(x), weight, transposed, _nhwc(out), self._lend(size))
+        n, channels, h, w = out.shape
+        size = _passes.winograd_workspace(n, h, w, x.shape[1], channels, stride, transposed)
+        workspace = self._lend(size)
+        _passes.winograd_conv_(_nhwc(x), weight, stride, transposed, _nhwc(out), workspace)
 
     def _product_operands(
         self, source: Tensor | Activation, weight: Tensor, geometry: Geometry
@@ -223,9 +222,11 @@ class CpuProductStages(CpuStages):
     def conv_dgrad(
         self, grad: ConvGrad, weight: Tensor, geometry: Geometry, act: Activation, invstd: Tensor
     ) -> tuple[Tensor, GradSums]:
-        if grad.k0 is not None and _is_winograd(weight, geometry) and uses_winograd(_tiles(act.y)):
+        stride = geometry.stride[0]
+        winograd = grad.k0 is not None and _is_winograd(weight, geometry)
+        if winograd and uses_winograd(act.y.shape, stride):
             g = self._scratch(act.y)
-            self._winograd(self._conv_grad(grad), weight, True, g)
+            self._winograd(self._conv_grad(grad), weight, stride, True, g)
             return g, self._reduce(g, None, None, act, invstd, g)
         if not _is_product(weight, geometry) or geometry.stride != (1, 1):
             return super().conv_dgrad(grad, weight, geometry, act, invstd)
@@ -236,17 +237,19 @@ class CpuProductStages(CpuStages):
         self, grad: ConvGrad, source: Tensor | Activation, weight: Tensor, geometry: Geometry
     ) -> Tensor:
         winograd = grad.k0 is not None and _is_winograd(weight, geometry)
-        if winograd and uses_winograd_weight_grad(_tiles(grad.y)):
-            return self._winograd_weight_grad(self._conv_grad(grad), self._operand(source))
+        if winograd and uses_winograd_weight_grad(grad.y.shape):
+            dy, operand = self._conv_grad(grad), self._operand(source)
+            return self._winograd_weight_grad(dy, operand, geometry.stride[0])
         if not _is_product(weight, geometry):
             return super().conv_wgrad(grad, source, weight, geometry)
         dy, operand = self._conv_grad(grad), self._seen(source, geometry)
         workspace = self._workspace(dy, operand.shape[1])
         return _passes.transposed_product(matrix(dy), matrix(operand), workspace).view_as(weight)
 
-    def _winograd_weight_grad(self, dy: Tensor, x: Tensor) -> Tensor:
-        size = _passes.winograd_workspace(_tiles(x), x.shape[1], dy.shape[1])
-        grad = _passes.winograd_weight_grad(_nhwc(dy), _nhwc(x), self._lend(size))
+    def _winograd_weight_grad(self, dy: Tensor, x: Tensor, stride: int) -> Tensor:
+        n, channels, h, w = dy.shape
+        size = _passes.winograd_workspace(n, h, w, x.shape[1], channels, stride, False)
+        grad = _passes.winograd_weight_grad(_nhwc(dy), _nhwc(x), stride, self._lend(size))
         return grad.permute(0, 3, 1, 2)
 
     def _conv_input_grad_into(

@@ -86,19 +86,21 @@ class Workspace {
         ": expected workspace to be uint8 [bytes], contiguous, on the CPU, got ", describe(t));
     STD_TORCH_CHECK(t.numel() >= needed, op, ": expected workspace to have at least ", needed,
                     " bytes, got ", t.numel());
-    const auto begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-    next_ = reinterpret_cast<char*>(round_up(begin, kAlignment));
+    char* begin = static_cast<char*>(t.mutable_data_ptr());
+    next_ = reinterpret_cast<char*>(round_up(reinterpret_cast<uintptr_t>(begin), kAlignment));
+    end_ = begin + t.numel();
   }
 
   template <class T>
   T* take(int64_t count) {
     T* array = reinterpret_cast<T*>(next_);
-    next_ += round_up(count * sizeof(T), kAlignment);
+    next_ += round_up(count * static_cast<int64_t>(sizeof(T)), kAlignment);
+    STD_TORCH_CHECK(next_ <= end_, "workspace: more was taken than asked for");
     return array;
   }
 
  private:
-  char* next_;
+  char *next_, *end_;
 };
 
 }  // namespace fused_bottleneck::cpu

@@ -49,8 +49,8 @@ Capability choose() {
   const Kernels* const tables[] = {isa_default::kernels, isa_avx2::kernels, isa_avx512::kernels};
   const ProductKernels* const products[] = {nullptr, &isa_avx2::product_kernels,
                                             &isa_avx512::product_kernels};
-  const WinogradKernels* const winograd[] = {nullptr, &isa_avx2::winograd_kernels,
-                                             &isa_avx512::winograd_kernels};
+  const WinogradKernels* const winograd[] = {nullptr, isa_avx2::winograd_kernels,
+                                             isa_avx512::winograd_kernels};
 #else
   const Kernels* const tables[] = {isa_default::kernels};
   const ProductKernels* const products[] = {nullptr};

@@ -105,7 +105,7 @@ struct Capability {
   const char* name;
   const Kernels* kernels;
   const ProductKernels* products;   // null: this instruction set has none
-  const WinogradKernels* winograd;  // null where products is
+  const WinogradKernels* winograd;  // by WinogradScheme; null where products is
 };
 const Capability& capability();
 

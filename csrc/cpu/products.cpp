@@ -55,16 +55,24 @@ int64_t pixel_floats(const Blocks& blocks, int64_t wide, int64_t narrow) {
                   kAlignment);
 }
 
+int64_t product_total(int64_t rows, int64_t depth, int64_t channels) {
+  const Blocks blocks = product_blocks(rows, depth, channels);
+  return blocks.threads * product_floats(blocks, depth, channels);
+}
+
+int64_t pixel_total(int64_t rows, int64_t wide, int64_t narrow) {
+  const Blocks blocks = pixel_blocks(rows, wide, narrow);
+  return blocks.threads * (pixel_floats(blocks, wide, narrow) +
+                           2 * round_up(wide * narrow, kAlignment));  // sums are double
+}
+
 // What any product of [rows, depth] and [depth, channels], either way round or over pixels, needs.
 int64_t workspace_bytes(int64_t rows, int64_t depth, int64_t channels) {
-  const int64_t weight = depth * channels;
   const int64_t wide = std::max(depth, channels), narrow = std::min(depth, channels);
-  const Blocks of_product = product_blocks(rows, wide, narrow);
-  const Blocks of_pixels = pixel_blocks(rows, wide, narrow);
-  const int64_t product = of_product.threads * product_floats(of_product, wide, wide);
-  const int64_t pixel = of_pixels.threads * pixel_floats(of_pixels, wide, narrow);
-  const int64_t floats = round_up(weight, kAlignment) + std::max(product, pixel);
-  return floats * sizeof(float) + summing_threads(weight) * round_up(weight, kAlignment) * 8 +
+  const int64_t floats =
+      std::max({product_total(rows, depth, channels), product_total(rows, channels, depth),
+                pixel_total(rows, wide, narrow)});
+  return (floats + round_up(depth * channels, kAlignment)) * static_cast<int64_t>(sizeof(float)) +
          kAlignment;
 }
 

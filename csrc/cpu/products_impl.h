@@ -70,12 +70,13 @@ FB_INLINE void write_left(float* out, int64_t apart, FloatVector v) {
 #endif
 }
 
-// Channels [c_begin, c_end) of all rows; total[0 ..] are their sums.
-FB_INLINE void pack_left_tile(const PackRows& p, int64_t c_begin, int64_t c_end, float* total) {
+// A tile of rows and channels; total[0 ..] are the sums of its columns.
+FB_INLINE void pack_left_tile(const PackRows& p, int64_t row_begin, int64_t row_end,
+                              int64_t c_begin, int64_t c_end, float* total) {
   const int64_t panel = p.stride * kLeft;
   const int64_t mask_stride = (p.channels + 7) / 8;
   clear(total);
-  for (int64_t row = 0; row < p.rows; ++row) {
+  for (int64_t row = row_begin; row < row_end; ++row) {
     const float* source = p.source + row * p.channels;
     for (int64_t c = c_begin; c < c_end; c += kVector) {
       FloatVector v = load(Float{}, source + c);
@@ -88,13 +89,18 @@ FB_INLINE void pack_left_tile(const PackRows& p, int64_t c_begin, int64_t c_end,
   }
 }
 
+// Rows or products that are summed one after the other; the error of such a sum grows with its
+// length.
+constexpr int64_t kChain = 48;
+
 void pack_left(const PackRows& p) {
   float total[kChannelBlock];
-  for (int64_t c = 0; c < p.channels; c += kChannelBlock) {
-    const int64_t c_end = min64(c + kChannelBlock, p.channels);
-    pack_left_tile(p, c, c_end, total);
-    if (p.sums != nullptr) add_tile_sum(total, c, c_end, p.sums);
-  }
+  const int64_t tile_rows = p.sums == nullptr ? p.rows : kChain;
+  for_each_tile(0, p.rows, p.channels, tile_rows,
+                [&](int64_t row_begin, int64_t row_end, int64_t c_begin, int64_t c_end) {
+                  pack_left_tile(p, row_begin, row_end, c_begin, c_end, total);
+                  if (p.sums != nullptr) add_tile_sum(total, c_begin, c_end, p.sums);
+                });
   const int64_t padded = (p.rows + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
   for (int64_t c = 0; c < p.channels; c += kLeft)
     for (int64_t at = p.rows * kLeft; at < padded * kLeft; ++at) p.panels[c * p.stride + at] = 0;
@@ -234,9 +240,6 @@ FB_INLINE void add_tile(const float* values, int count, bool first, double* sums
     for (int i = 0; i < count; ++i) sums[i] += values[i];
   }
 }
-
-// Rows that are summed one after the other; the error of such a sum grows with its length.
-constexpr int64_t kChain = 48;
 
 template <int Vectors>
 FB_INLINE void accumulate_tile(const Accumulate& p, int64_t l, int64_t c, Prefetcher& ahead) {

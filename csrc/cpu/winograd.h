@@ -1,24 +1,35 @@
 // The interface between the 3x3 convolutions of winograd.cpp and their kernels (winograd_impl.h);
-// plain data only, as in kernels.h. float32, stride 1, padding 1.
+// plain data only, as in kernels.h. float32, padding 1.
 //
-// Winograd's F(2x2, 3x3), Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks" (2015):
-// an output tile of 2 x 2 pixels comes from an input tile of 4 x 4 through 16 products instead of
-// 36. With d, g, y the tiles of input, weight and output, per pair of channels
-//   V = Bt d B,  U = G g Gt,  y = At (sum over channels of U * V) A,
-// so that a convolution is 16 matrix products, one per position of the 4 x 4 tile. The gradient of
-// the weight is Gt (sum over tiles of (A dy At) * V) G.
+// Winograd's minimal filtering (Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks",
+// 2015): a tile of outputs comes from a tile of inputs through fewer products than a direct
+// convolution takes. Along one dimension, with input d, weight g and output y, and per pair of
+// channels in two dimensions,
+//   V = Bt d,  U = G g,  y = At (sum over channels of U * V),
+// so that a convolution is one matrix product per position of the transformed tile. The gradient of
+// the weight is Gt (sum over tiles of (A dy) * V). The schemes, their coefficients in
+// winograd_impl.h:
+//
+//   scheme        inputs  positions  outputs  products of a direct convolution
+//   forward       4       4          2        6     F(2, 3); with a turned weight also the gradient
+//   strided       5       5          2        6     stride 2: F(2, 2) on even, direct on odd inputs
+//   strided_grad  3       5          4        6     the gradient of its input
+//
+// In two dimensions all counts are squared: 16 products for 36, and 25 for 36.
 #pragma once
 
 #include <cstdint>
 
 namespace fused_bottleneck::cpu {
 
-constexpr int kPositions = 16;
+enum class WinogradScheme : int { forward, strided, strided_grad };
+constexpr int kWinogradSchemes = 3;
 
-// Images [height, width, channels], and tiles [begin, begin + count) of them, which are numbered row
-// by row, image by image.
+// Images [in_height, in_width, in_channels] and [out_height, out_width, out_channels], and output
+// tiles [begin, begin + count) of them, which are numbered row by row, image by image.
 struct TileRange {
-  int64_t height, width, channels;
+  int64_t in_height, in_width, in_channels;
+  int64_t out_height, out_width, out_channels;
   int64_t begin, count;
 };
 
@@ -31,7 +42,7 @@ struct TransformInput {
   int64_t position_step;
 };
 
-// U as right panels, one array per position, for output channels [begin, end).
+// U as right panels, one array per position.
 struct TransformWeight {
   int64_t depth, channels;
   const float* weight;
@@ -40,7 +51,7 @@ struct TransformWeight {
   int64_t position_step;
 };
 
-// y of a range of tiles, from values [count, channels] per position.
+// y of a range of tiles, from values [count, out_channels] per position.
 struct TransformOutput {
   TileRange tiles;
   const float* values;
@@ -48,7 +59,7 @@ struct TransformOutput {
   float* y;
 };
 
-// One position of V as right panels, or of A dy At as left panels.
+// One position of V as right panels, or of A dy as left panels.
 struct PackPosition {
   TileRange tiles;
   const float* source;
@@ -67,19 +78,22 @@ struct TransformSums {
 };
 
 struct WinogradKernels {
+  int points, outputs;  // along one dimension
   void (*transform_input)(const TransformInput&);
   void (*transform_weight)(const TransformWeight&, int64_t begin, int64_t end);
   void (*transform_output)(const TransformOutput&);
+  // Of the gradient of the weight; null where the scheme has none.
   void (*pack_input_position)(const PackPosition&);
   void (*pack_grad_position)(const PackPosition&);
   void (*transform_sums)(const TransformSums&);
 };
 
+// Indexed by WinogradScheme.
 namespace isa_avx2 {
-extern const WinogradKernels winograd_kernels;
+extern const WinogradKernels winograd_kernels[kWinogradSchemes];
 }
 namespace isa_avx512 {
-extern const WinogradKernels winograd_kernels;
+extern const WinogradKernels winograd_kernels[kWinogradSchemes];
 }
 
 }  // namespace fused_bottleneck::cpu

@@ -1,20 +1,105 @@
-// The transforms of Winograd's F(2x2, 3x3), for one instruction set; float32. Included by
-// kernels_impl.h after products_impl.h. See winograd.h for the formulas.
+// The transforms of winograd.h's schemes, for one instruction set; float32. Included by
+// kernels_impl.h after products_impl.h.
 //
-// The transforms' coefficients are 0, 1, -1 and 1/2: additions, and an error below that of a direct
-// convolution, whose sums are nine times as long.
+// Their coefficients are 0, 1, -1 and 1/2: additions, and an error below that of a direct
+// convolution, whose chains of sums are longer.
 #pragma once
 
 #include "winograd.h"
 
 namespace fused_bottleneck::cpu::FUSED_BOTTLENECK_ISA {
 
-FB_INLINE int64_t tiles_along(int64_t pixels) { return (pixels + 1) / 2; }
+template <int N>
+struct Line {
+  FloatVector at[N];
+};
+
+// What one position takes along one dimension: sign0 * element0 + sign1 * element1.
+struct Taps {
+  int element[2];
+  float sign[2];
+};
+
+// F(2, 3). Input pixel 0 is output pixel 0 less the padding.
+struct Forward {
+  static constexpr int inputs = 4, points = 4, outputs = 2, step = 2, origin = -1;
+
+  static FB_INLINE Line<4> input(const Line<4>& d) {
+    return {{d.at[0] - d.at[2], d.at[1] + d.at[2], d.at[2] - d.at[1], d.at[1] - d.at[3]}};
+  }
+  static FB_INLINE Line<4> weight(const Line<3>& g) {
+    const FloatVector outer = (g.at[0] + g.at[2]) * 0.5f, inner = g.at[1] * 0.5f;
+    return {{g.at[0], outer + inner, outer - inner, g.at[2]}};
+  }
+  static FB_INLINE Line<2> output(const Line<4>& m) {
+    return {{m.at[0] + m.at[1] + m.at[2], m.at[1] - m.at[2] - m.at[3]}};
+  }
+
+  static constexpr Taps input_taps[4] = {
+      {{0, 2}, {1, -1}}, {{1, 2}, {1, 1}}, {{2, 1}, {1, -1}}, {{1, 3}, {1, -1}}};
+  static constexpr Taps grad_taps[4] = {
+      {{0, 0}, {1, 0}}, {{0, 1}, {1, 1}}, {{0, 1}, {1, -1}}, {{1, 1}, {-1, 0}}};
+  static FB_INLINE void weight_grad(const double (&u)[4], double (&g)[3]) {
+    const double middle = (u[1] + u[2]) * 0.5;
+    g[0] = u[0] + middle;
+    g[1] = (u[1] - u[2]) * 0.5;
+    g[2] = middle + u[3];
+  }
+};
+
+// Stride 2: two taps over the even inputs, F(2, 2), and one tap over the odd ones.
+struct Strided {
+  static constexpr int inputs = 5, points = 5, outputs = 2, step = 4, origin = -1;
+
+  static FB_INLINE Line<5> input(const Line<5>& d) {
+    return {{d.at[0] - d.at[2], d.at[2], d.at[4] - d.at[2], d.at[1], d.at[3]}};
+  }
+  static FB_INLINE Line<5> weight(const Line<3>& g) {
+    return {{g.at[0], g.at[0] + g.at[2], g.at[2], g.at[1], g.at[1]}};
+  }
+  static FB_INLINE Line<2> output(const Line<5>& m) {
+    return {{m.at[0] + m.at[1] + m.at[3], m.at[1] + m.at[2] + m.at[4]}};
+  }
+
+  static constexpr Taps input_taps[5] = {{{0, 2}, {1, -1}},
+                                         {{2, 2}, {1, 0}},
+                                         {{4, 2}, {1, -1}},
+                                         {{1, 1}, {1, 0}},
+                                         {{3, 3}, {1, 0}}};
+  static constexpr Taps grad_taps[5] = {
+      {{0, 0}, {1, 0}}, {{0, 1}, {1, 1}}, {{1, 1}, {1, 0}}, {{0, 0}, {1, 0}}, {{1, 1}, {1, 0}}};
+  static FB_INLINE void weight_grad(const double (&u)[5], double (&g)[3]) {
+    g[0] = u[0] + u[1];
+    g[1] = u[3] + u[4];
+    g[2] = u[1] + u[2];
+  }
+};
+
+// The gradient of its input: four pixels from three gradients y. Pixels 0 and 2 have one tap, 1 and
+// 3 two of the turned weight.
+struct StridedGrad {
+  static constexpr int inputs = 3, points = 5, outputs = 4, step = 2, origin = 0;
+
+  static FB_INLINE Line<5> input(const Line<3>& y) {
+    return {{y.at[0] - y.at[1], y.at[1], y.at[2] - y.at[1], y.at[0], y.at[1]}};
+  }
+  static FB_INLINE Line<5> weight(const Line<3>& g) {
+    return {{g.at[2], g.at[0] + g.at[2], g.at[0], g.at[1], g.at[1]}};
+  }
+  static FB_INLINE Line<4> output(const Line<5>& m) {
+    return {{m.at[3], m.at[0] + m.at[1], m.at[4], m.at[1] + m.at[2]}};
+  }
+};
+
+FB_INLINE int64_t tiles_along(int64_t pixels, int outputs) {
+  return (pixels + outputs - 1) / outputs;
+}
 
 // body(image, tile row, first tile column, tiles, number within the range) for each row of a range.
-template <class Body>
+template <class Scheme, class Body>
 FB_INLINE void for_each_tile_run(const TileRange& p, const Body& body) {
-  const int64_t across = tiles_along(p.width), down = tiles_along(p.height);
+  const int64_t across = tiles_along(p.out_width, Scheme::outputs);
+  const int64_t down = tiles_along(p.out_height, Scheme::outputs);
   for (int64_t t = 0; t < p.count;) {
     const int64_t tile = p.begin + t;
     const int64_t column = tile % across, row = tile / across % down, image = tile / across / down;
@@ -24,74 +109,75 @@ FB_INLINE void for_each_tile_run(const TileRange& p, const Body& body) {
   }
 }
 
-struct Four {
-  FloatVector at[4];
-};
+// --- input ---
 
-// Bt d, along one dimension.
-FB_INLINE Four input_transform(const Four& d) {
-  return {{d.at[0] - d.at[2], d.at[1] + d.at[2], d.at[2] - d.at[1], d.at[1] - d.at[3]}};
+// A transformed column of a tile for kVector channels; pixels outside of the image are zero.
+template <class Scheme>
+FB_INLINE Line<Scheme::points> input_column(const TileRange& p, const float* image, int64_t top,
+                                            int64_t x) {
+  Line<Scheme::inputs> d{};
+  if (x >= 0 && x < p.in_width) {
+#pragma GCC unroll 5
+    for (int i = 0; i < Scheme::inputs; ++i)
+      if (top + i >= 0 && top + i < p.in_height)
+        d.at[i] = load(Float{}, image + ((top + i) * p.in_width + x) * p.in_channels);
+  }
+  return Scheme::input(d);
 }
 
-// A column of four pixels of one image's channels; those outside of the image are zero.
-FB_INLINE Four input_column(const TileRange& p, const float* image, int64_t top, int64_t x) {
-  Four d{};
-  if (x < 0 || x >= p.width) return d;
-  for (int i = 0; i < 4; ++i)
-    if (top + i >= 0 && top + i < p.height)
-      d.at[i] = load(Float{}, image + ((top + i) * p.width + x) * p.channels);
-  return d;
-}
-
-// The tiles of one row for kVector channels; a tile shares two columns with the one before it.
+// The tiles of one row for kVector channels; a tile shares its first columns with the one before.
+template <class Scheme>
 FB_INLINE void transform_input_run(const TransformInput& p, const float* image, int64_t row,
                                    int64_t column, int64_t tiles, float* out) {
-  const int64_t top = 2 * row - 1, panel = p.stride * kLeft;
-  Four e[4];
-  e[2] = input_transform(input_column(p.tiles, image, top, 2 * column - 1));
-  e[3] = input_transform(input_column(p.tiles, image, top, 2 * column));
-  for (int64_t t = 0; t < tiles; ++t, out += kLeft) {
-    const int64_t x = 2 * (column + t) + 1;
-    e[0] = e[2];
-    e[1] = e[3];
-    e[2] = input_transform(input_column(p.tiles, image, top, x));
-    e[3] = input_transform(input_column(p.tiles, image, top, x + 1));
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const Four v =
-          input_transform({{e[0].at[i], e[1].at[i], e[2].at[i], e[3].at[i]}});
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j)
-        write_left(out + (4 * i + j) * p.position_step, panel, v.at[j]);
+  constexpr int inputs = Scheme::inputs, points = Scheme::points, step = Scheme::step;
+  const int64_t top = row * step + Scheme::origin, panel = p.stride * kLeft;
+  int64_t x = column * step + Scheme::origin;
+  Line<points> columns[inputs];
+#pragma GCC unroll 5
+  for (int j = 0; j < inputs - step; ++j)
+    columns[step + j] = input_column<Scheme>(p.tiles, image, top, x + j);
+  for (int64_t t = 0; t < tiles; ++t, out += kLeft, x += step) {
+#pragma GCC unroll 5
+    for (int j = 0; j < inputs - step; ++j) columns[j] = columns[step + j];
+#pragma GCC unroll 5
+    for (int j = inputs - step; j < inputs; ++j)
+      columns[j] = input_column<Scheme>(p.tiles, image, top, x + j);
+#pragma GCC unroll 5
+    for (int i = 0; i < points; ++i) {
+      Line<inputs> line;
+#pragma GCC unroll 5
+      for (int j = 0; j < inputs; ++j) line.at[j] = columns[j].at[i];
+      const Line<points> v = Scheme::input(line);
+#pragma GCC unroll 5
+      for (int j = 0; j < points; ++j)
+        write_left(out + (points * i + j) * p.position_step, panel, v.at[j]);
     }
   }
 }
 
+template <class Scheme>
 void transform_input(const TransformInput& p) {
-  const int64_t pixels = p.tiles.height * p.tiles.width, channels = p.tiles.channels;
+  const TileRange& range = p.tiles;
+  const int64_t channels = range.in_channels, image_size = range.in_height * range.in_width * channels;
   for (int64_t c = 0; c < channels; c += kVector)
-    for_each_tile_run(p.tiles, [&](int64_t image, int64_t row, int64_t column, int64_t tiles,
-                                   int64_t t) {
-      transform_input_run(p, p.x + image * pixels * channels + c, row, column, tiles,
-                          p.panels + c * p.stride + t * kLeft);
+    for_each_tile_run<Scheme>(range, [&](int64_t image, int64_t row, int64_t column, int64_t tiles,
+                                         int64_t t) {
+      transform_input_run<Scheme>(p, p.x + image * image_size + c, row, column, tiles,
+                                  p.panels + c * p.stride + t * kLeft);
     });
-  const int64_t padded = (p.tiles.count + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
-  for (int position = 0; position < kPositions; ++position)
+  const int64_t padded = (range.count + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
+  for (int position = 0; position < Scheme::points * Scheme::points; ++position)
     for (int64_t c = 0; c < channels; c += kLeft)
-      for (int64_t at = p.tiles.count * kLeft; at < padded * kLeft; ++at)
+      for (int64_t at = range.count * kLeft; at < padded * kLeft; ++at)
         p.panels[position * p.position_step + c * p.stride + at] = 0;
 }
 
 // --- weight ---
 
-// G g, along one dimension.
-FB_INLINE Four weight_transform(FloatVector g0, FloatVector g1, FloatVector g2) {
-  const FloatVector outer = (g0 + g2) * 0.5f, inner = g1 * 0.5f;
-  return {{g0, outer + inner, outer - inner, g2}};
-}
-
 // The 3 x 3 weights of kVector output channels and one input channel.
+template <class Scheme>
 FB_INLINE void transform_weight_vector(const TransformWeight& p, const float* weight, float* out) {
+  constexpr int points = Scheme::points;
   float gathered[9][kVector];
   for (int lane = 0; lane < kVector; ++lane)
     for (int i = 0; i < 3; ++i)
@@ -99,98 +185,95 @@ FB_INLINE void transform_weight_vector(const TransformWeight& p, const float* we
         gathered[3 * i + j][lane] =
             weight[lane * p.channel_stride + i * p.row_stride + j * p.column_stride];
   const auto g = [&](int i, int j) { return load(Float{}, gathered[3 * i + j]); };
-  Four rows[3];
-  for (int j = 0; j < 3; ++j) rows[j] = weight_transform(g(0, j), g(1, j), g(2, j));
-  for (int i = 0; i < 4; ++i) {
-    const Four u = weight_transform(rows[0].at[i], rows[1].at[i], rows[2].at[i]);
-    for (int j = 0; j < 4; ++j) store(Float{}, out + (4 * i + j) * p.position_step, u.at[j]);
+  Line<points> columns[3];
+  for (int j = 0; j < 3; ++j) columns[j] = Scheme::weight({{g(0, j), g(1, j), g(2, j)}});
+  for (int i = 0; i < points; ++i) {
+    const Line<points> u =
+        Scheme::weight({{columns[0].at[i], columns[1].at[i], columns[2].at[i]}});
+    for (int j = 0; j < points; ++j)
+      store(Float{}, out + (points * i + j) * p.position_step, u.at[j]);
   }
 }
 
+template <class Scheme>
 void transform_weight(const TransformWeight& p, int64_t begin, int64_t end) {
   for_each_panel(end - begin, [&](auto vectors, int64_t from) {
     constexpr int width = vectors * kVector;
     const int64_t c = begin + from;
     for (int64_t k = 0; k < p.depth; ++k)
       for (int v = 0; v < width; v += kVector)
-        transform_weight_vector(p, p.weight + (c + v) * p.channel_stride + k * p.depth_stride,
-                                p.panels + c * p.depth + k * width + v);
+        transform_weight_vector<Scheme>(
+            p, p.weight + (c + v) * p.channel_stride + k * p.depth_stride,
+            p.panels + c * p.depth + k * width + v);
   });
 }
 
 // --- output ---
 
-struct Two {
-  FloatVector at[2];
-};
-
-// At m, along one dimension.
-FB_INLINE Two output_transform(FloatVector m0, FloatVector m1, FloatVector m2, FloatVector m3) {
-  return {{m0 + m1 + m2, m1 - m2 - m3}};
-}
-
-// One tile of kVector channels to y, of which `right` and `below` say what is inside of the image.
+// One tile of kVector channels to y, of which `wide` x `high` pixels are inside of the image.
+template <class Scheme>
 FB_INLINE void transform_output_tile(const TransformOutput& p, const float* values, float* y,
-                                     bool right, bool below) {
-  Two rows[4];
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const auto m = [&](int i) { return load(Float{}, values + (4 * i + j) * p.position_step); };
-    rows[j] = output_transform(m(0), m(1), m(2), m(3));
+                                     int64_t wide, int64_t high) {
+  constexpr int points = Scheme::points, outputs = Scheme::outputs;
+  Line<outputs> columns[points];
+#pragma GCC unroll 5
+  for (int j = 0; j < points; ++j) {
+    Line<points> m;
+#pragma GCC unroll 5
+    for (int i = 0; i < points; ++i)
+      m.at[i] = load(Float{}, values + (points * i + j) * p.position_step);
+    columns[j] = Scheme::output(m);
   }
-  const int64_t line = p.tiles.width * p.tiles.channels;
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    if (i == 1 && !below) break;
-    const Two out = output_transform(rows[0].at[i], rows[1].at[i], rows[2].at[i], rows[3].at[i]);
-    store(Float{}, y + i * line, out.at[0]);
-    if (right) store(Float{}, y + i * line + p.tiles.channels, out.at[1]);
+  const int64_t line = p.tiles.out_width * p.tiles.out_channels;
+#pragma GCC unroll 4
+  for (int i = 0; i < outputs; ++i) {
+    if (i >= high) break;
+    Line<points> m;
+#pragma GCC unroll 5
+    for (int j = 0; j < points; ++j) m.at[j] = columns[j].at[i];
+    const Line<outputs> out = Scheme::output(m);
+#pragma GCC unroll 4
+    for (int j = 0; j < outputs; ++j)
+      if (j < wide) store(Float{}, y + i * line + j * p.tiles.out_channels, out.at[j]);
   }
 }
 
+template <class Scheme>
 void transform_output(const TransformOutput& p) {
-  const int64_t height = p.tiles.height, width = p.tiles.width, channels = p.tiles.channels;
-  for_each_tile_run(p.tiles, [&](int64_t image, int64_t row, int64_t column, int64_t tiles,
-                                 int64_t first) {
+  constexpr int outputs = Scheme::outputs;
+  const int64_t height = p.tiles.out_height, width = p.tiles.out_width;
+  const int64_t channels = p.tiles.out_channels;
+  for_each_tile_run<Scheme>(p.tiles, [&](int64_t image, int64_t row, int64_t column, int64_t tiles,
+                                         int64_t first) {
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t x = 2 * (column + t), line = image * height + 2 * row;
-      float* y = p.y + (line * width + x) * channels;
+      const int64_t x = outputs * (column + t), top = outputs * row;
+      float* y = p.y + ((image * height + top) * width + x) * channels;
       for (int64_t c = 0; c < channels; c += kVector)
-        transform_output_tile(p, p.values + (first + t) * channels + c, y + c, x + 1 < width,
-                              2 * row + 1 < height);
+        transform_output_tile<Scheme>(p, p.values + (first + t) * channels + c, y + c, width - x,
+                                      height - top);
     }
   });
 }
 
 // --- the gradient of the weight ---
 
-// What a position takes along one dimension: sign0 * element0 + sign1 * element1.
-struct Taps {
-  int element[2];
-  float sign[2];
-};
-constexpr Taps kInputTaps[4] = {
-    {{0, 2}, {1, -1}}, {{1, 2}, {1, 1}}, {{2, 1}, {1, -1}}, {{1, 3}, {1, -1}}};
-constexpr Taps kGradTaps[4] = {
-    {{0, 0}, {1, 0}}, {{0, 1}, {1, 1}}, {{0, 1}, {1, -1}}, {{1, 1}, {-1, 0}}};
-
-// put(number of the tile, first channel, vector) for one position of every tile, whose top left
-// element is pixel (2 row + offset, 2 column + offset).
-template <class Put>
-FB_INLINE void for_each_at_position(const PackPosition& p, const Taps* taps, int offset,
+// put(number of the tile, first channel, vector) for one position of every tile of images [height,
+// width, channels], whose tile's pixel 0 is tile number * step + origin.
+template <class Scheme, class Put>
+FB_INLINE void for_each_at_position(const PackPosition& p, const Taps* taps, int step, int origin,
+                                    int64_t height, int64_t width, int64_t channels,
                                     const Put& put) {
-  const int64_t height = p.tiles.height, width = p.tiles.width, channels = p.tiles.channels;
-  const Taps &down = taps[p.position / 4], &across = taps[p.position % 4];
-  for_each_tile_run(p.tiles, [&](int64_t image, int64_t row, int64_t column, int64_t tiles,
-                                 int64_t first) {
+  const Taps &down = taps[p.position / Scheme::points], &across = taps[p.position % Scheme::points];
+  for_each_tile_run<Scheme>(p.tiles, [&](int64_t image, int64_t row, int64_t column, int64_t tiles,
+                                         int64_t first) {
     for (int64_t t = 0; t < tiles; ++t) {
       const float* pixel[4];
       float sign[4];
       int count = 0;
       for (int i = 0; i < 2; ++i)
         for (int j = 0; j < 2; ++j) {
-          const int64_t y = 2 * row + offset + down.element[i];
-          const int64_t x = 2 * (column + t) + offset + across.element[j];
+          const int64_t y = step * row + origin + down.element[i];
+          const int64_t x = step * (column + t) + origin + across.element[j];
           const float s = down.sign[i] * across.sign[j];
           if (s == 0 || y < 0 || y >= height || x < 0 || x >= width) continue;
           pixel[count] = p.source + ((image * height + y) * width + x) * channels;
@@ -206,63 +289,88 @@ FB_INLINE void for_each_at_position(const PackPosition& p, const Taps* taps, int
   });
 }
 
+template <class Scheme>
 void pack_input_position(const PackPosition& p) {
-  const int64_t whole = p.tiles.channels / kWide * kWide;
-  for_each_at_position(p, kInputTaps, -1, [&](int64_t tile, int64_t c, FloatVector v) {
-    const int64_t width = c < whole ? kWide : kVector;
-    const int64_t panel = c < whole ? c / kWide * kWide : c;
-    store(Float{}, p.panels + panel * p.stride + tile * width + (c - panel), v);
-  });
+  const int64_t channels = p.tiles.in_channels, whole = channels / kWide * kWide;
+  for_each_at_position<Scheme>(
+      p, Scheme::input_taps, Scheme::step, Scheme::origin, p.tiles.in_height, p.tiles.in_width,
+      channels, [&](int64_t tile, int64_t c, FloatVector v) {
+        const int64_t width = c < whole ? kWide : kVector;
+        const int64_t panel = c < whole ? c / kWide * kWide : c;
+        store(Float{}, p.panels + panel * p.stride + tile * width + (c - panel), v);
+      });
 }
 
+template <class Scheme>
 void pack_grad_position(const PackPosition& p) {
-  for_each_at_position(p, kGradTaps, 0, [&](int64_t tile, int64_t c, FloatVector v) {
-    write_left(p.panels + c * p.stride + tile * kLeft, p.stride * kLeft, v);
-  });
+  for_each_at_position<Scheme>(
+      p, Scheme::grad_taps, Scheme::outputs, 0, p.tiles.out_height, p.tiles.out_width,
+      p.tiles.out_channels, [&](int64_t tile, int64_t c, FloatVector v) {
+        write_left(p.panels + c * p.stride + tile * kLeft, p.stride * kLeft, v);
+      });
 }
 
-// Gt u G of `count` columns of 16 positions, to 9 columns.
+// Gt u G of `count` columns, u [points * points], w [9].
+template <class Scheme>
 FB_INLINE void sums_to_weight(const double (*u)[kWide], int64_t count, float (*w)[kWide]) {
+  constexpr int points = Scheme::points;
   for (int64_t c = 0; c < count; ++c) {
-    double half[3][4];
-    for (int j = 0; j < 4; ++j) {
-      const double u0 = u[j][c], u1 = u[4 + j][c], u2 = u[8 + j][c], u3 = u[12 + j][c];
-      half[0][j] = u0 + (u1 + u2) * 0.5;
-      half[1][j] = (u1 - u2) * 0.5;
-      half[2][j] = (u1 + u2) * 0.5 + u3;
+    double half[3][points];
+    for (int j = 0; j < points; ++j) {
+      double column[points], g[3];
+      for (int i = 0; i < points; ++i) column[i] = u[points * i + j][c];
+      Scheme::weight_grad(column, g);
+      for (int i = 0; i < 3; ++i) half[i][j] = g[i];
     }
     for (int i = 0; i < 3; ++i) {
-      const double *h = half[i], middle = (h[1] + h[2]) * 0.5;
-      w[3 * i][c] = static_cast<float>(h[0] + middle);
-      w[3 * i + 1][c] = static_cast<float>((h[1] - h[2]) * 0.5);
-      w[3 * i + 2][c] = static_cast<float>(middle + h[3]);
+      double g[3];
+      Scheme::weight_grad(half[i], g);
+      for (int j = 0; j < 3; ++j) w[3 * i + j][c] = static_cast<float>(g[j]);
     }
   }
 }
 
+template <class Scheme>
 void transform_sums(const TransformSums& p) {
-  double u[kPositions][kWide];
+  constexpr int positions = Scheme::points * Scheme::points;
+  double u[positions][kWide];
   float w[9][kWide];
   for (int64_t l = p.begin; l < p.end; ++l)
     for_each_panel(p.right_channels, [&](auto vectors, int64_t c) {
       constexpr int width = vectors * kVector;
       const int64_t tile = l / kTileLeft * kTileLeft;
       const double* at = p.sums + tile * p.right_channels + c * kTileLeft + (l - tile) * width;
-      for (int position = 0; position < kPositions; ++position)
+      for (int position = 0; position < positions; ++position)
         for (int i = 0; i < width; ++i) {
           u[position][i] = 0;
           for (int64_t part = 0; part < p.parts; ++part)
             u[position][i] += at[position * p.position_step + part * p.part_step + i];
         }
-      sums_to_weight(u, width, w);
+      sums_to_weight<Scheme>(u, width, w);
       for (int tap = 0; tap < 9; ++tap)
         for (int i = 0; i < width; ++i)
           p.weight[(l * 9 + tap) * p.right_channels + c + i] = w[tap][i];
     });
 }
 
-const WinogradKernels winograd_kernels = {transform_input,     transform_weight,
-                                          transform_output,    pack_input_position,
-                                          pack_grad_position, transform_sums};
+template <class Scheme>
+inline constexpr WinogradKernels kernels_with_weight_grad = {
+    Scheme::points,
+    Scheme::outputs,
+    transform_input<Scheme>,
+    transform_weight<Scheme>,
+    transform_output<Scheme>,
+    pack_input_position<Scheme>,
+    pack_grad_position<Scheme>,
+    transform_sums<Scheme>,
+};
+
+// In the order of WinogradScheme.
+const WinogradKernels winograd_kernels[kWinogradSchemes] = {
+    kernels_with_weight_grad<Forward>,
+    kernels_with_weight_grad<Strided>,
+    {StridedGrad::points, StridedGrad::outputs, transform_input<StridedGrad>,
+     transform_weight<StridedGrad>, transform_output<StridedGrad>, nullptr, nullptr, nullptr},
+};
 
 }  // namespace fused_bottleneck::cpu::FUSED_BOTTLENECK_ISA
