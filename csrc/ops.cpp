@@ -89,22 +89,21 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
   // d^T d [K, K], float64.
   m.def("gram(Tensor d, Tensor(a!) workspace) -> Tensor");
 
-  // --- 3x3 convolutions of padding 1 and stride 1 or 2 by Winograd's filtering, as the products. ---
-  // Enough for the next two, with an output (transposed: gradient of the input) [N, H, W, C] from
-  // `depth` channels.
+  // --- 3x3 convolutions of padding 1 and stride 1 or 2 by Winograd's filtering, as the products.
+  // --- Enough for the next two, with an output (transposed: gradient of the input) [N, H, W, C]
+  // from `depth` channels.
   m.def(
       "winograd_workspace(int count, int height, int width, int depth, int channels, int stride, "
       "bool transposed) -> int");
 
-  // out [N, H', W', K] = conv(x [N, H, W, C], weight [K, C, 3, 3] with any strides); transposed: the
-  // gradient of its input, from x [N, H', W', K] into out [N, H, W, C].
+  // out [N, H', W', K] = conv(x [N, H, W, C], weight [K, C, 3, 3] with any strides); transposed:
+  // the gradient of its input, from x [N, H', W', K] into out [N, H, W, C].
   m.def(
       "winograd_conv_(Tensor x, Tensor weight, int stride, bool transposed, Tensor(a!) out, "
       "Tensor(b!) workspace) -> ()");
 
   // The weight's gradient as [K, 3, 3, C], from grad [N, H', W', K] and x [N, H, W, C].
-  m.def(
-      "winograd_weight_grad(Tensor grad, Tensor x, int stride, Tensor(a!) workspace) -> Tensor");
+  m.def("winograd_weight_grad(Tensor grad, Tensor x, int stride, Tensor(a!) workspace) -> Tensor");
 
   // out[b] = x[b]^T, contiguous [B, R, C] to [B, C, R]: between contiguous and channels_last.
   m.def("transpose_(Tensor x, Tensor(a!) out) -> ()");

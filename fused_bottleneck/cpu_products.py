@@ -161,9 +161,7 @@ class CpuProductStages(CpuStages):
                 terms += [None, None]
         depth = sum(operand.shape[1] for operand in operands)
         size = _passes.product_workspace(pixels(out), depth, out.shape[1])
-        _passes.product_residual_relu_(
-            *terms, shift, residual, matrix(out), mask, self._lend(size)
-        )
+        _passes.product_residual_relu_(*terms, shift, residual, matrix(out), mask, self._lend(size))
 
     # Backward.
 
@@ -263,9 +261,7 @@ class CpuProductStages(CpuStages):
             _passes.product_(matrix(dy), weight, out, workspace)
         else:
             grad_out = matrix(identity.grad_out)
-            _passes.product_masked_add_(
-                matrix(dy), weight, grad_out, identity.mask, out, workspace
-            )
+            _passes.product_masked_add_(matrix(dy), weight, grad_out, identity.mask, out, workspace)
 
     def _add_conv_input_grad(self, grad_x: Tensor, conv: ConvTerm) -> None:
         if not _is_product(conv.weight, conv.geometry):

@@ -107,7 +107,7 @@ def result_empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool =
     size = math.prod(shape) * dtype.itemsize
     if size < _MIN_RESULT_BYTES or _use_count is None:
         return large_empty(shape, dtype, channels_last)
-    n, c, h, w = shape
+    _, c, h, w = shape
     strides = (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
     if _reuse(like, size, shape, strides):
         return like.fill_(math.nan) if _poisoned() else like

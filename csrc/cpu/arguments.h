@@ -1,5 +1,5 @@
-// What the implementations of the ops share: the arguments of a call, checked as they are taken, and
-// the vectors that its reductions return.
+// What the implementations of the ops share: the arguments of a call, checked as they are taken,
+// and the vectors that its reductions return.
 #pragma once
 
 #include <algorithm>

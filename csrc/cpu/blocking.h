@@ -17,7 +17,9 @@ namespace fused_bottleneck::cpu {
 constexpr int64_t kSumsBytes = 128 * 1024 * 1024;
 constexpr int64_t kAlignment = 64;
 
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 // An odd number of cache lines from panel to panel, or of pairs: else all begin in one cache set.
 inline int64_t left_stride(int64_t rows) { return round_up(rows, kRowMultiple) + 2; }

@@ -16,8 +16,8 @@
 namespace fused_bottleneck::cpu {
 namespace {
 
-// What stays in a core's L2 cache: the operands and values of a block of a product, and the operands
-// of the next one.
+// What stays in a core's L2 cache: the operands and values of a block of a product, and the
+// operands of the next one.
 constexpr int64_t kBlockBytes = 768 * 1024;
 constexpr int64_t kLeftBytes = 400 * 1024;
 // Rows that are summed in float32 before the sum goes on in double; a block of them in a product
@@ -159,8 +159,8 @@ class Product {
                            stride, nullptr, next, nullptr});
         next += source.channels * stride;
       }
-      Multiply call{round_up(block.rows, kRowMultiple), depth_, channels, left, stride, right,
-                    values, {}};
+      Multiply call{
+          round_up(block.rows, kRowMultiple), depth_, channels, left, stride, right, values, {}};
       look_ahead(block, call.ahead);
       kernels.multiply(call);
       epilogue(block, values);
@@ -216,9 +216,7 @@ class Product {
   const int64_t rows, channels;
 };
 
-bool goes_past_caches(const Tensor& out) {
-  return out.numel() * out.element_size() > kStreamBytes;
-}
+bool goes_past_caches(const Tensor& out) { return out.numel() * out.element_size() > kStreamBytes; }
 
 // A pointer to row `row` of a float32 matrix that may be absent.
 const float* row_of(const void* matrix, int64_t row, int64_t channels) {
@@ -230,11 +228,9 @@ void product_(const Tensor& a, const Tensor& weight, const Tensor& out, const Te
   check_tensor("product_", "out", out, ScalarType::Float, {product.rows, product.channels});
   check_disjoint("product_", "out", out, "a", a);
   float* to = static_cast<float*>(out.mutable_data_ptr());
-  product.run(product.blocks(), workspace,
-              [&](const Block& block, const float* values) {
-                std::copy_n(values, block.rows * product.channels,
-                            to + block.begin * product.channels);
-              });
+  product.run(product.blocks(), workspace, [&](const Block& block, const float* values) {
+    std::copy_n(values, block.rows * product.channels, to + block.begin * product.channels);
+  });
 }
 
 void product_add_(const Tensor& a, const Tensor& weight, const Tensor& addend,
@@ -247,14 +243,13 @@ void product_add_(const Tensor& a, const Tensor& weight, const Tensor& addend,
   const auto* shifts = static_cast<const float*>(args.vector_or(0, "shift", shift));
   auto* to = static_cast<float*>(args.output("out", out, {{"a", a}}));
   const int64_t channels = product.channels;
-  product.run(product.blocks(), workspace,
-              [&](const Block& block, const float* values) {
-                for (int64_t row = 0; row < block.rows; ++row) {
-                  const int64_t at = (block.begin + row) * channels;
-                  for (int64_t c = 0; c < channels; ++c)
-                    to[at + c] = values[row * channels + c] + added[at + c] + shifts[c];
-                }
-              });
+  product.run(product.blocks(), workspace, [&](const Block& block, const float* values) {
+    for (int64_t row = 0; row < block.rows; ++row) {
+      const int64_t at = (block.begin + row) * channels;
+      for (int64_t c = 0; c < channels; ++c)
+        to[at + c] = values[row * channels + c] + added[at + c] + shifts[c];
+    }
+  });
 }
 
 std::tuple<Tensor, Tensor> product_moments_(const Tensor& a, const Tensor& weight,
@@ -271,8 +266,8 @@ std::tuple<Tensor, Tensor> product_moments_(const Tensor& a, const Tensor& weigh
   product.run(blocks, workspace, [&](const Block& block, const float* values) {
     std::copy_n(values, block.rows * product.channels, to + block.begin * product.channels);
     sizes[block.index] = block.rows;
-    kernels.channel_moments({product.channels, values}, 0, block.rows,
-                            partials.first(block.index), partials.second(block.index));
+    kernels.channel_moments({product.channels, values}, 0, block.rows, partials.first(block.index),
+                            partials.second(block.index));
   });
   int64_t before = sizes[0];
   for (int64_t block = 1; block < blocks.count(); ++block) {
@@ -322,7 +317,9 @@ void product_masked_add_(const Tensor& a, const Tensor& weight, const Tensor& gr
   Product product(op, a, weight);
   const Arguments args(op, "out", out);
   check_tensor(op, "out", out, ScalarType::Float, {product.rows, product.channels});
-  const MaskedAdd whole{product.channels, nullptr, args.matrix("grad_out", grad_out),
+  const MaskedAdd whole{product.channels,
+                        nullptr,
+                        args.matrix("grad_out", grad_out),
                         args.mask(mask),
                         args.output("out", out, {{"a", a}, {"grad_out", grad_out}, {"mask", mask}}),
                         goes_past_caches(out)};
@@ -378,8 +375,8 @@ std::tuple<Tensor, Tensor> product_bn_backward_reduce_(
 
 // --- products over pixels ---
 
-// left^T right, left [rows, wide] and right [rows, narrow], summed by each thread over its blocks of
-// rows in float32 within a block and in double over them.
+// left^T right, left [rows, wide] and right [rows, narrow], summed by each thread over its blocks
+// of rows in float32 within a block and in double over them.
 class PixelProduct {
  public:
   PixelProduct(int64_t rows, int64_t wide, int64_t narrow, bool symmetric = false)
@@ -410,16 +407,23 @@ class PixelProduct {
       return Ahead{matrix + end * channels,
                    block.next_rows * channels * static_cast<int64_t>(sizeof(float))};
     };
-    kernels_in_use().accumulate({block.rows, wide_, narrow_, left(block.thread), left_rows,
-                                 right(block.thread), right_rows, symmetric_, block.first,
+    kernels_in_use().accumulate({block.rows,
+                                 wide_,
+                                 narrow_,
+                                 left(block.thread),
+                                 left_rows,
+                                 right(block.thread),
+                                 right_rows,
+                                 symmetric_,
+                                 block.first,
                                  sums_ + block.thread * sums_step(),
                                  {next(wide, wide_), next(narrow, narrow_)}});
   }
 
   // [wide, narrow], or [narrow, wide] if transposed; on the device of `like`.
   Tensor total(const Tensor& like, bool transposed) const {
-    const std::vector<int64_t> sizes = transposed ? std::vector<int64_t>{narrow_, wide_}
-                                                  : std::vector<int64_t>{wide_, narrow_};
+    const std::vector<int64_t> sizes =
+        transposed ? std::vector<int64_t>{narrow_, wide_} : std::vector<int64_t>{wide_, narrow_};
     Tensor out = torch::stable::new_empty(like, sizes, ScalarType::Float);
     unpack(static_cast<float*>(out.mutable_data_ptr()), nullptr, transposed);
     return out;
@@ -529,8 +533,14 @@ std::tuple<Tensor, Tensor> masked_products_(const Tensor& grad_out, const Tensor
     s.add(block, source, from_d);
     for (int64_t row = 0; row < block.rows; row += most) {
       const int64_t part = std::min(most, block.rows - row);
-      kernels.multiply({round_up(part, kRowMultiple), wide, narrow, left + row * kLeft, s.left_rows,
-                        packed.panels, values, {}});
+      kernels.multiply({round_up(part, kRowMultiple),
+                        wide,
+                        narrow,
+                        left + row * kLeft,
+                        s.left_rows,
+                        packed.panels,
+                        values,
+                        {}});
       std::copy_n(values, part * narrow, to + (block.begin + row) * narrow);
     }
   });

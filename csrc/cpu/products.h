@@ -31,7 +31,7 @@ struct PackRows {
   int64_t stride;       // of the panels, in rows; at least `rows` (left: rounded up)
   const uint8_t* mask;  // left only: elements without their bit count as zero; null: all count
   float* panels;
-  double* sums;         // left only: column sums are added here; null: not wanted
+  double* sums;  // left only: column sums are added here; null: not wanted
 };
 
 // A weight seen as [depth, channels] with any strides: rows depth_begin .. of right panels whose

@@ -46,7 +46,8 @@ Images images(const char* op, const char* name, const Tensor& t) {
                       t.is_contiguous() && t.numel() > 0 && t.size(3) % kChannelMultiple == 0,
                   op, ": expected ", name, " to be float32 [N, H, W, C], C a multiple of ",
                   kChannelMultiple, ", contiguous, on the CPU, got ", describe(t));
-  return {t.size(0), t.size(1), t.size(2), t.size(3), static_cast<const float*>(t.const_data_ptr())};
+  return {t.size(0), t.size(1), t.size(2), t.size(3),
+          static_cast<const float*>(t.const_data_ptr())};
 }
 
 // Throws unless `small` has the size that a convolution of that stride makes of `large`.
@@ -173,9 +174,14 @@ void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool 
                           to.width,    channels,   block.begin, block.rows};
     kernels.transform_input({range, from.data, panel_rows, left, plan.panel});
     for (int position = 0; position < plan.positions; ++position)
-      products.multiply({round_up(block.rows, kRowMultiple), depth, channels,
-                         left + position * plan.panel, panel_rows, right + position * plan.weight,
-                         values + position * plan.value, {}});
+      products.multiply({round_up(block.rows, kRowMultiple),
+                         depth,
+                         channels,
+                         left + position * plan.panel,
+                         panel_rows,
+                         right + position * plan.weight,
+                         values + position * plan.value,
+                         {}});
     kernels.transform_output({range, values, plan.value, y});
   });
 }
@@ -204,9 +210,17 @@ Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
     for (int position = 0; position < plan.positions; ++position) {
       kernels.pack_grad_position({range, dy.data, position, left_rows, left});
       kernels.pack_input_position({range, from.data, position, right_rows, right});
-      products.accumulate({block.rows, dy.channels, from.channels, left, left_rows, right,
-                           right_rows, false, block.first,
-                           sums + block.thread * part_step + position * plan.sums, {}});
+      products.accumulate({block.rows,
+                           dy.channels,
+                           from.channels,
+                           left,
+                           left_rows,
+                           right,
+                           right_rows,
+                           false,
+                           block.first,
+                           sums + block.thread * part_step + position * plan.sums,
+                           {}});
     }
   });
   Tensor out = torch::stable::new_empty(grad, {dy.channels, 3, 3, from.channels});

@@ -61,11 +61,8 @@ struct Strided {
     return {{m.at[0] + m.at[1] + m.at[3], m.at[1] + m.at[2] + m.at[4]}};
   }
 
-  static constexpr Taps input_taps[5] = {{{0, 2}, {1, -1}},
-                                         {{2, 2}, {1, 0}},
-                                         {{4, 2}, {1, -1}},
-                                         {{1, 1}, {1, 0}},
-                                         {{3, 3}, {1, 0}}};
+  static constexpr Taps input_taps[5] = {
+      {{0, 2}, {1, -1}}, {{2, 2}, {1, 0}}, {{4, 2}, {1, -1}}, {{1, 1}, {1, 0}}, {{3, 3}, {1, 0}}};
   static constexpr Taps grad_taps[5] = {
       {{0, 0}, {1, 0}}, {{0, 1}, {1, 1}}, {{1, 1}, {1, 0}}, {{0, 0}, {1, 0}}, {{1, 1}, {1, 0}}};
   static FB_INLINE void weight_grad(const double (&u)[5], double (&g)[3]) {
@@ -158,13 +155,14 @@ FB_INLINE void transform_input_run(const TransformInput& p, const float* image, 
 template <class Scheme>
 void transform_input(const TransformInput& p) {
   const TileRange& range = p.tiles;
-  const int64_t channels = range.in_channels, image_size = range.in_height * range.in_width * channels;
+  const int64_t channels = range.in_channels,
+                image_size = range.in_height * range.in_width * channels;
   for (int64_t c = 0; c < channels; c += kVector)
-    for_each_tile_run<Scheme>(range, [&](int64_t image, int64_t row, int64_t column, int64_t tiles,
-                                         int64_t t) {
-      transform_input_run<Scheme>(p, p.x + image * image_size + c, row, column, tiles,
-                                  p.panels + c * p.stride + t * kLeft);
-    });
+    for_each_tile_run<Scheme>(
+        range, [&](int64_t image, int64_t row, int64_t column, int64_t tiles, int64_t t) {
+          transform_input_run<Scheme>(p, p.x + image * image_size + c, row, column, tiles,
+                                      p.panels + c * p.stride + t * kLeft);
+        });
   const int64_t padded = (range.count + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
   for (int position = 0; position < Scheme::points * Scheme::points; ++position)
     for (int64_t c = 0; c < channels; c += kLeft)
@@ -188,8 +186,7 @@ FB_INLINE void transform_weight_vector(const TransformWeight& p, const float* we
   Line<points> columns[3];
   for (int j = 0; j < 3; ++j) columns[j] = Scheme::weight({{g(0, j), g(1, j), g(2, j)}});
   for (int i = 0; i < points; ++i) {
-    const Line<points> u =
-        Scheme::weight({{columns[0].at[i], columns[1].at[i], columns[2].at[i]}});
+    const Line<points> u = Scheme::weight({{columns[0].at[i], columns[1].at[i], columns[2].at[i]}});
     for (int j = 0; j < points; ++j)
       store(Float{}, out + (points * i + j) * p.position_step, u.at[j]);
   }
@@ -202,9 +199,9 @@ void transform_weight(const TransformWeight& p, int64_t begin, int64_t end) {
     const int64_t c = begin + from;
     for (int64_t k = 0; k < p.depth; ++k)
       for (int v = 0; v < width; v += kVector)
-        transform_weight_vector<Scheme>(
-            p, p.weight + (c + v) * p.channel_stride + k * p.depth_stride,
-            p.panels + c * p.depth + k * width + v);
+        transform_weight_vector<Scheme>(p,
+                                        p.weight + (c + v) * p.channel_stride + k * p.depth_stride,
+                                        p.panels + c * p.depth + k * width + v);
   });
 }
 
@@ -243,16 +240,16 @@ void transform_output(const TransformOutput& p) {
   constexpr int outputs = Scheme::outputs;
   const int64_t height = p.tiles.out_height, width = p.tiles.out_width;
   const int64_t channels = p.tiles.out_channels;
-  for_each_tile_run<Scheme>(p.tiles, [&](int64_t image, int64_t row, int64_t column, int64_t tiles,
-                                         int64_t first) {
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t x = outputs * (column + t), top = outputs * row;
-      float* y = p.y + ((image * height + top) * width + x) * channels;
-      for (int64_t c = 0; c < channels; c += kVector)
-        transform_output_tile<Scheme>(p, p.values + (first + t) * channels + c, y + c, width - x,
-                                      height - top);
-    }
-  });
+  for_each_tile_run<Scheme>(
+      p.tiles, [&](int64_t image, int64_t row, int64_t column, int64_t tiles, int64_t first) {
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t x = outputs * (column + t), top = outputs * row;
+          float* y = p.y + ((image * height + top) * width + x) * channels;
+          for (int64_t c = 0; c < channels; c += kVector)
+            transform_output_tile<Scheme>(p, p.values + (first + t) * channels + c, y + c,
+                                          width - x, height - top);
+        }
+      });
 }
 
 // --- the gradient of the weight ---
@@ -264,29 +261,29 @@ FB_INLINE void for_each_at_position(const PackPosition& p, const Taps* taps, int
                                     int64_t height, int64_t width, int64_t channels,
                                     const Put& put) {
   const Taps &down = taps[p.position / Scheme::points], &across = taps[p.position % Scheme::points];
-  for_each_tile_run<Scheme>(p.tiles, [&](int64_t image, int64_t row, int64_t column, int64_t tiles,
-                                         int64_t first) {
-    for (int64_t t = 0; t < tiles; ++t) {
-      const float* pixel[4];
-      float sign[4];
-      int count = 0;
-      for (int i = 0; i < 2; ++i)
-        for (int j = 0; j < 2; ++j) {
-          const int64_t y = step * row + origin + down.element[i];
-          const int64_t x = step * (column + t) + origin + across.element[j];
-          const float s = down.sign[i] * across.sign[j];
-          if (s == 0 || y < 0 || y >= height || x < 0 || x >= width) continue;
-          pixel[count] = p.source + ((image * height + y) * width + x) * channels;
-          sign[count++] = s;
+  for_each_tile_run<Scheme>(
+      p.tiles, [&](int64_t image, int64_t row, int64_t column, int64_t tiles, int64_t first) {
+        for (int64_t t = 0; t < tiles; ++t) {
+          const float* pixel[4];
+          float sign[4];
+          int count = 0;
+          for (int i = 0; i < 2; ++i)
+            for (int j = 0; j < 2; ++j) {
+              const int64_t y = step * row + origin + down.element[i];
+              const int64_t x = step * (column + t) + origin + across.element[j];
+              const float s = down.sign[i] * across.sign[j];
+              if (s == 0 || y < 0 || y >= height || x < 0 || x >= width) continue;
+              pixel[count] = p.source + ((image * height + y) * width + x) * channels;
+              sign[count++] = s;
+            }
+          for (int64_t c = 0; c < channels; c += kVector) {
+            FloatVector sum{};
+            for (int i = 0; i < count; ++i)
+              sum = multiply_add(sign[i], load(Float{}, pixel[i] + c), sum);
+            put(first + t, c, sum);
+          }
         }
-      for (int64_t c = 0; c < channels; c += kVector) {
-        FloatVector sum{};
-        for (int i = 0; i < count; ++i)
-          sum = multiply_add(sign[i], load(Float{}, pixel[i] + c), sum);
-        put(first + t, c, sum);
-      }
-    }
-  });
+      });
 }
 
 template <class Scheme>
