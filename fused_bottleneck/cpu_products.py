@@ -222,7 +222,7 @@ class CpuProductStages(CpuStages):
     ) -> tuple[Tensor, GradSums]:
         stride = geometry.stride[0]
         winograd = grad.k0 is not None and _is_winograd(weight, geometry)
-        if winograd and uses_winograd(act.y.shape, stride):
+        if winograd and uses_winograd(grad.y.shape, stride):
             g = self._scratch(act.y)
             self._winograd(self._conv_grad(grad), weight, stride, True, g)
             return g, self._reduce(g, None, None, act, invstd, g)

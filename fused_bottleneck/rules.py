@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
-
 
 def uses_gram(device: str, pixels: int, channels: int, width: int) -> bool:
     """Whether a tail unit ``[pixels, channels] -> [pixels, width]`` takes the gram way (tail.py).
@@ -18,25 +16,23 @@ def uses_gram(device: str, pixels: int, channels: int, width: int) -> bool:
 
 
 _WINOGRAD_PIXELS = 512
-_WINOGRAD_PIXELS_PER_THREAD = 768
 
 
-def _output_pixels(shape: Sequence[int]) -> int:
+def _pixels(shape: Sequence[int]) -> int:
     return shape[0] * shape[2] * shape[3]
 
 
-def uses_winograd(shape: Sequence[int], stride: int) -> bool:
+def uses_winograd(output: Sequence[int], stride: int) -> bool:
     """Whether a 3x3 convolution on CPU with that output ``[N, C, H, W]`` goes Winograd's way.
 
-    It pays for transforming the weight with every pixel. Measured against oneDNN, stride 1: 0.55
-    of its time from 3,136 pixels on, 0.9 for 784; stride 2: 0.8 to 0.95.
+    So does the gradient of its input. With every pixel it pays for transforming the weight. Time
+    against oneDNN's, two threads: stride 1: 0.55 from 3,136 pixels on, 0.85 for 784; stride 2: 0.8
+    for 3,136, 1.1 for 784.
     """
-    return _output_pixels(shape) >= _WINOGRAD_PIXELS * stride**2
+    return _pixels(output) >= _WINOGRAD_PIXELS * stride**2
 
 
-def uses_winograd_weight_grad(shape: Sequence[int]) -> bool:
-    """Whether its weight's gradient does: every thread has float64 sums for every position.
-
-    Measured against oneDNN: 0.7 of its time from 1,568 pixels a thread on, 1.2 for 392.
-    """
-    return _output_pixels(shape) >= _WINOGRAD_PIXELS_PER_THREAD * torch.get_num_threads()
+def uses_winograd_weight_grad(output: Sequence[int]) -> bool:
+    """Whether the gradient of its weight does: 0.65 to 0.85 of oneDNN's time for stride 1, 0.75 to
+    0.95 for stride 2, down to 784 pixels."""
+    return _pixels(output) >= _WINOGRAD_PIXELS

@@ -13,8 +13,10 @@
 
 namespace fused_bottleneck::cpu {
 
-// What the sums of all threads may take together.
-constexpr int64_t kSumsBytes = 128 * 1024 * 1024;
+// What the sums of all threads may take together where there is a choice (they are to stay in the
+// L3 cache), and where there is none.
+constexpr int64_t kSumsBytes = 12 * 1024 * 1024;
+constexpr int64_t kMostSumsBytes = 128 * 1024 * 1024;
 constexpr int64_t kAlignment = 64;
 
 inline int64_t round_up(int64_t n, int64_t multiple) {
@@ -34,11 +36,21 @@ inline const ProductKernels& kernels_in_use() {
 
 inline int64_t thread_count() { return torch::stable::get_num_threads(); }
 
-// Threads that have sums of their own.
-inline int64_t summing_threads(int64_t sums) {
-  const int64_t fitting = kSumsBytes / std::max<int64_t>(1, sums * sizeof(double));
-  return std::clamp<int64_t>(fitting, 1, thread_count());
-}
+// How the threads share a product over rows, left [rows, wide] and right [rows, narrow]: each has
+// rows and sums of its own, or, where those sums are large, left channels.
+struct Split {
+  static Split by_rows(int64_t sums) {
+    const int64_t bytes = std::max<int64_t>(1, sums * static_cast<int64_t>(sizeof(double)));
+    return {std::clamp<int64_t>(kMostSumsBytes / bytes, 1, thread_count()), 1};
+  }
+
+  static Split of(int64_t sums) {
+    const int64_t bytes = thread_count() * sums * static_cast<int64_t>(sizeof(double));
+    return bytes > kSumsBytes ? Split{1, thread_count()} : by_rows(sums);
+  }
+
+  int64_t row_parts, channel_parts;
+};
 
 // The rows in equal contiguous shares, one per thread, and a share in blocks of one size but the
 // last: whole tiles but for the share's last rows.
@@ -58,26 +70,47 @@ struct Blocks {
 
 // Rows of one thread, as a block: its number, its first row, how many.
 struct Block {
-  int64_t thread, index, begin, rows;
-  bool first;         // of its thread
+  int64_t worker;  // which thread, of all
+  int64_t share;   // which share of the rows it has
+  int64_t part;    // which part of the channels
+  int64_t index, begin, rows;
+  bool first;         // of its share
   int64_t next_rows;  // of the block after it
 };
 
-// body(Block) for all blocks; those of one thread in order. A share may have fewer blocks than
-// per_thread: then some numbers are not used.
+// body(Block) for all blocks of every part of the channels; those of one thread in order. A share
+// may have fewer blocks than per_thread: then some numbers are not used.
+template <class Body>
+void parallel_blocks(const Blocks& blocks, int64_t channel_parts, const Body& body) {
+  torch::stable::parallel_for(
+      0, blocks.threads * channel_parts, 1, [&](int64_t first, int64_t last) {
+        for (int64_t worker = first; worker < last; ++worker) {
+          const int64_t share = worker % blocks.threads, part = worker / blocks.threads;
+          const int64_t begin = blocks.share_begin(share), end = blocks.share_begin(share + 1);
+          for (int64_t row = begin, i = 0; row < end; row += blocks.block, ++i) {
+            const int64_t rows = std::min(blocks.block, end - row);
+            body(Block{worker, share, part, share * blocks.per_thread + i, row, rows, i == 0,
+                       std::min(blocks.block, end - row - rows)});
+          }
+        }
+      });
+}
+
 template <class Body>
 void parallel_blocks(const Blocks& blocks, const Body& body) {
-  torch::stable::parallel_for(0, blocks.threads, 1, [&](int64_t first, int64_t last) {
-    for (int64_t thread = first; thread < last; ++thread) {
-      const int64_t begin = blocks.share_begin(thread), end = blocks.share_begin(thread + 1);
-      for (int64_t row = begin, i = 0; row < end; row += blocks.block, ++i) {
-        const int64_t rows = std::min(blocks.block, end - row);
-        body(Block{thread, thread * blocks.per_thread + i, row, rows, i == 0,
-                   std::min(blocks.block, end - row - rows)});
-      }
-    }
-  });
+  parallel_blocks(blocks, 1, body);
 }
+
+// Left channels [begin, end) of one part: whole panels.
+struct ChannelRange {
+  ChannelRange(int64_t channels, int64_t parts, int64_t part)
+      : begin(channels / kLeft * part / parts * kLeft),
+        end(channels / kLeft * (part + 1) / parts * kLeft) {}
+
+  int64_t size() const { return end - begin; }
+
+  int64_t begin, end;
+};
 
 // Carves arrays out of memory that the caller lent.
 class Workspace {

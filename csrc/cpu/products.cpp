@@ -40,8 +40,8 @@ Blocks product_blocks(int64_t rows, int64_t depth, int64_t channels) {
   return Blocks(rows, thread_count(), row_limit(kBlockBytes, 2 * depth + channels));
 }
 
-Blocks pixel_blocks(int64_t rows, int64_t wide, int64_t narrow) {
-  return Blocks(rows, summing_threads(wide * narrow), kMaxRows);
+Blocks pixel_blocks(int64_t rows, const Split& split) {
+  return Blocks(rows, split.row_parts, kMaxRows);
 }
 
 // Floats of one thread's panels and values.
@@ -60,9 +60,9 @@ int64_t product_total(int64_t rows, int64_t depth, int64_t channels) {
   return blocks.threads * product_floats(blocks, depth, channels);
 }
 
-int64_t pixel_total(int64_t rows, int64_t wide, int64_t narrow) {
-  const Blocks blocks = pixel_blocks(rows, wide, narrow);
-  return blocks.threads * (pixel_floats(blocks, wide, narrow) +
+int64_t pixel_total(int64_t rows, int64_t wide, int64_t narrow, const Split& split) {
+  const Blocks blocks = pixel_blocks(rows, split);
+  return blocks.threads * (split.channel_parts * pixel_floats(blocks, wide, narrow) +
                            2 * round_up(wide * narrow, kAlignment));  // sums are double
 }
 
@@ -71,7 +71,8 @@ int64_t workspace_bytes(int64_t rows, int64_t depth, int64_t channels) {
   const int64_t wide = std::max(depth, channels), narrow = std::min(depth, channels);
   const int64_t floats =
       std::max({product_total(rows, depth, channels), product_total(rows, channels, depth),
-                pixel_total(rows, wide, narrow)});
+                pixel_total(rows, wide, narrow, Split::of(wide * narrow)),
+                pixel_total(rows, wide, narrow, Split::by_rows(wide * narrow))});
   return (floats + round_up(depth * channels, kAlignment)) * static_cast<int64_t>(sizeof(float)) +
          kAlignment;
 }
@@ -151,12 +152,12 @@ class Product {
     float* panels = workspace.take<float>(blocks.threads * floats);
     const int64_t stride = left_stride(blocks.block);
     parallel_blocks(blocks, [&](const Block& block) {
-      float* left = panels + block.thread * floats;
+      float* left = panels + block.worker * floats;
       float* values = left + depth_ * stride;
       float* next = left;
       for (const Source& source : sources_) {
         kernels.pack_left({source.data + block.begin * source.channels, block.rows, source.channels,
-                           stride, nullptr, next, nullptr});
+                           source.channels, stride, nullptr, next, nullptr});
         next += source.channels * stride;
       }
       Multiply call{
@@ -375,49 +376,53 @@ std::tuple<Tensor, Tensor> product_bn_backward_reduce_(
 
 // --- products over pixels ---
 
-// left^T right, left [rows, wide] and right [rows, narrow], summed by each thread over its blocks
-// of rows in float32 within a block and in double over them.
+// left^T right, left [rows, wide] and right [rows, narrow]: float32 within a block, double over the
+// blocks.
 class PixelProduct {
  public:
-  PixelProduct(int64_t rows, int64_t wide, int64_t narrow, bool symmetric = false)
-      : blocks(pixel_blocks(rows, wide, narrow)),
+  PixelProduct(int64_t rows, int64_t wide, int64_t narrow, const Split& split,
+               bool symmetric = false)
+      : split(split),
+        blocks(pixel_blocks(rows, split)),
         left_rows(left_stride(blocks.block)),
         right_rows(right_stride(blocks.block)),
         wide_(wide),
         narrow_(narrow),
         symmetric_(symmetric) {}
 
-  // Takes the panels and sums of all threads.
+  // Takes the panels of all threads and the sums.
   void take(Workspace& workspace) {
     floats_ = pixel_floats(blocks, wide_, narrow_);
-    panels_ = workspace.take<float>(blocks.threads * floats_);
+    panels_ = workspace.take<float>(blocks.threads * split.channel_parts * floats_);
     sums_ = workspace.take<double>(blocks.threads * sums_step());
   }
 
   // A thread's panels, and behind them room for values.
-  float* left(int64_t thread) const { return panels_ + thread * floats_; }
-  float* right(int64_t thread) const { return left(thread) + wide_ * left_rows; }
-  float* values(int64_t thread) const { return right(thread) + narrow_ * right_rows; }
+  float* left(const Block& block) const { return panels_ + block.worker * floats_; }
+  float* right(const Block& block) const { return left(block) + wide_ * left_rows; }
+  float* values(const Block& block) const { return right(block) + narrow_ * right_rows; }
+
+  // The wide channels of the block's thread.
+  ChannelRange channels(const Block& block) const {
+    return ChannelRange(wide_, split.channel_parts, block.part);
+  }
 
   // Adds the product of the panels of a block, and fetches the next rows of their sources.
   void add(const Block& block, const float* wide, const float* narrow) const {
-    const int64_t end = block.begin + block.rows;
-    const auto next = [&](const float* matrix, int64_t channels) {
-      if (matrix == nullptr) return Ahead{};
-      return Ahead{matrix + end * channels,
-                   block.next_rows * channels * static_cast<int64_t>(sizeof(float))};
-    };
-    kernels_in_use().accumulate({block.rows,
-                                 wide_,
-                                 narrow_,
-                                 left(block.thread),
-                                 left_rows,
-                                 right(block.thread),
-                                 right_rows,
-                                 symmetric_,
-                                 block.first,
-                                 sums_ + block.thread * sums_step(),
-                                 {next(wide, wide_), next(narrow, narrow_)}});
+    const ChannelRange range = channels(block);
+    const bool whole = split.channel_parts == 1;
+    kernels_in_use().accumulate(
+        {block.rows,
+         range.size(),
+         narrow_,
+         left(block),
+         left_rows,
+         right(block),
+         right_rows,
+         symmetric_,
+         block.first,
+         sums_ + block.share * sums_step() + range.begin * narrow_,
+         {whole ? next_rows(block, wide, wide_) : Ahead{}, next_rows(block, narrow, narrow_)}});
   }
 
   // [wide, narrow], or [narrow, wide] if transposed; on the device of `like`.
@@ -438,11 +443,18 @@ class PixelProduct {
     return out;
   }
 
+  const Split split;
   const Blocks blocks;
   const int64_t left_rows, right_rows;  // of the panels
 
  private:
   int64_t sums_step() const { return round_up(wide_ * narrow_, kAlignment); }
+
+  static Ahead next_rows(const Block& block, const float* matrix, int64_t channels) {
+    if (matrix == nullptr) return {};
+    return {matrix + (block.begin + block.rows) * channels,
+            block.next_rows * channels * static_cast<int64_t>(sizeof(float))};
+  }
 
   void unpack(float* floats, double* doubles, bool transposed) const {
     torch::stable::parallel_for(0, wide_ / kLeft, 8, [&](int64_t begin, int64_t end) {
@@ -465,16 +477,17 @@ Tensor transposed_product(const Tensor& a, const Tensor& b, const Tensor& lent) 
                             product_matrix(op, "b", b, a.size(0))};
   const bool swapped = a.size(1) < b.size(1);  // the narrower one on the right
   const int64_t wide = std::max(a.size(1), b.size(1)), narrow = std::min(a.size(1), b.size(1));
-  PixelProduct product(a.size(0), wide, narrow);
+  PixelProduct product(a.size(0), wide, narrow, Split::of(wide * narrow));
   Workspace workspace(op, lent, workspace_bytes(a.size(0), wide, narrow));
   product.take(workspace);
   const ProductKernels& kernels = kernels_in_use();
   const float *from_wide = sources[swapped], *from_narrow = sources[!swapped];
-  parallel_blocks(product.blocks, [&](const Block& block) {
-    kernels.pack_left({from_wide + block.begin * wide, block.rows, wide, product.left_rows, nullptr,
-                       product.left(block.thread), nullptr});
-    kernels.pack_right({from_narrow + block.begin * narrow, block.rows, narrow, product.right_rows,
-                        nullptr, product.right(block.thread), nullptr});
+  parallel_blocks(product.blocks, product.split.channel_parts, [&](const Block& block) {
+    const ChannelRange range = product.channels(block);
+    kernels.pack_left({from_wide + block.begin * wide + range.begin, block.rows, range.size(), wide,
+                       product.left_rows, nullptr, product.left(block), nullptr});
+    kernels.pack_right({from_narrow + block.begin * narrow, block.rows, narrow, narrow,
+                        product.right_rows, nullptr, product.right(block), nullptr});
     product.add(block, from_wide, from_narrow);
   });
   return product.total(a, swapped);
@@ -485,16 +498,17 @@ Tensor gram(const Tensor& d, const Tensor& lent) {
   check_matrix(op, "d", d);
   const float* source = product_matrix(op, "d", d, d.size(0));
   const int64_t channels = d.size(1);
-  PixelProduct product(d.size(0), channels, channels, true);
+  const Split split = Split::by_rows(channels * channels);
+  PixelProduct product(d.size(0), channels, channels, split, true);
   Workspace workspace(op, lent, workspace_bytes(d.size(0), channels, channels));
   product.take(workspace);
   const ProductKernels& kernels = kernels_in_use();
   parallel_blocks(product.blocks, [&](const Block& block) {
     const float* from = source + block.begin * channels;
-    kernels.pack_left({from, block.rows, channels, product.left_rows, nullptr,
-                       product.left(block.thread), nullptr});
-    kernels.pack_right({from, block.rows, channels, product.right_rows, nullptr,
-                        product.right(block.thread), nullptr});
+    kernels.pack_left({from, block.rows, channels, channels, product.left_rows, nullptr,
+                       product.left(block), nullptr});
+    kernels.pack_right({from, block.rows, channels, channels, product.right_rows, nullptr,
+                        product.right(block), nullptr});
     product.add(block, source, nullptr);
   });
   return product.symmetric_total(d);
@@ -517,7 +531,7 @@ std::tuple<Tensor, Tensor> masked_products_(const Tensor& grad_out, const Tensor
   Workspace workspace(op, lent, workspace_bytes(args.rows, wide, narrow));
   packed.panels = workspace.take<float>(wide * narrow);
   pack(packed);
-  PixelProduct s(args.rows, wide, narrow);
+  PixelProduct s(args.rows, wide, narrow, Split::by_rows(wide * narrow));
   s.take(workspace);
   const Blocks& blocks = s.blocks;
   const Partials sums(blocks.threads, wide);
@@ -525,11 +539,11 @@ std::tuple<Tensor, Tensor> masked_products_(const Tensor& grad_out, const Tensor
   const int64_t most = row_limit(kLeftBytes, wide);
   std::fill_n(sums.first(0), blocks.threads * wide, 0.0);
   parallel_blocks(blocks, [&](const Block& block) {
-    float *left = s.left(block.thread), *values = s.values(block.thread);
-    kernels.pack_left({source + block.begin * wide, block.rows, wide, s.left_rows,
-                       bits + block.begin * mask_stride, left, sums.first(block.thread)});
-    kernels.pack_right({from_d + block.begin * narrow, block.rows, narrow, s.right_rows, nullptr,
-                        s.right(block.thread), nullptr});
+    float *left = s.left(block), *values = s.values(block);
+    kernels.pack_left({source + block.begin * wide, block.rows, wide, wide, s.left_rows,
+                       bits + block.begin * mask_stride, left, sums.first(block.worker)});
+    kernels.pack_right({from_d + block.begin * narrow, block.rows, narrow, narrow, s.right_rows,
+                        nullptr, s.right(block), nullptr});
     s.add(block, source, from_d);
     for (int64_t row = 0; row < block.rows; row += most) {
       const int64_t part = std::min(most, block.rows - row);

@@ -24,12 +24,12 @@ constexpr int64_t kNarrowBytes = 384 * 1024;
 // Rows of a left block are padded with zeros to a multiple of this (12 or 6 rows to a tile).
 constexpr int64_t kRowMultiple = 12;
 
-// rows x channels of a row-major matrix with `channels` columns.
+// rows x channels of a row-major matrix, source_stride elements from row to row.
 struct PackRows {
   const float* source;
-  int64_t rows, channels;
+  int64_t rows, channels, source_stride;
   int64_t stride;       // of the panels, in rows; at least `rows` (left: rounded up)
-  const uint8_t* mask;  // left only: elements without their bit count as zero; null: all count
+  const uint8_t* mask;  // left only, whole rows: elements without their bit are zero; or null
   float* panels;
   double* sums;  // left only: column sums are added here; null: not wanted
 };

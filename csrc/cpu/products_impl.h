@@ -77,7 +77,7 @@ FB_INLINE void pack_left_tile(const PackRows& p, int64_t row_begin, int64_t row_
   const int64_t mask_stride = (p.channels + 7) / 8;
   clear(total);
   for (int64_t row = row_begin; row < row_end; ++row) {
-    const float* source = p.source + row * p.channels;
+    const float* source = p.source + row * p.source_stride;
     for (int64_t c = c_begin; c < c_end; c += kVector) {
       FloatVector v = load(Float{}, source + c);
       if (p.mask != nullptr)
@@ -112,7 +112,8 @@ void pack_right(const PackRows& p) {
     float* panel = p.panels + c * p.stride;
     for (int64_t row = 0; row < p.rows; ++row)
       for (int v = 0; v < width; v += kVector)
-        store(Float{}, panel + row * width + v, load(Float{}, p.source + row * p.channels + c + v));
+        store(Float{}, panel + row * width + v,
+              load(Float{}, p.source + row * p.source_stride + c + v));
   });
 }
 

@@ -92,19 +92,21 @@ struct Plan {
 struct GradPlan {
   GradPlan(int positions, int64_t tiles, int64_t left, int64_t right)
       : positions(positions),
-        blocks(tiles, summing_threads(positions * left * right), kSummedTiles),
+        split(Split::of(positions * left * right)),
+        blocks(tiles, split.row_parts, kSummedTiles),
         left(left * left_stride(blocks.block)),
         right(right * right_stride(blocks.block)),
         sums(round_up(left * right, kAlignment)) {}
 
   int64_t thread_floats() const { return round_up(left + right, kAlignment); }
+  int64_t workers() const { return blocks.threads * split.channel_parts; }
   int64_t bytes() const {
-    return blocks.threads * (thread_floats() * static_cast<int64_t>(sizeof(float)) +
-                             positions * sums * static_cast<int64_t>(sizeof(double))) +
-           kAlignment;
+    return workers() * thread_floats() * static_cast<int64_t>(sizeof(float)) +
+           blocks.threads * positions * sums * static_cast<int64_t>(sizeof(double)) + kAlignment;
   }
 
   int positions;
+  Split split;
   Blocks blocks;
   int64_t left, right, sums;  // floats of a block's panels, doubles of one position
 };
@@ -168,7 +170,7 @@ void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool 
   auto* y = static_cast<float*>(out.mutable_data_ptr());
   const ProductKernels& products = kernels_in_use();
   parallel_blocks(plan.blocks, [&](const Block& block) {
-    float* left = arrays + block.thread * plan.thread_floats();
+    float* left = arrays + block.worker * plan.thread_floats();
     float* values = left + plan.positions * plan.panel;
     const TileRange range{from.height, from.width, depth,       to.height,
                           to.width,    channels,   block.begin, block.rows};
@@ -196,22 +198,26 @@ Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
                       tile_count(dy.count, dy.height, dy.width, kernels.outputs), dy.channels,
                       from.channels);
   Workspace workspace(op, lent, plan.bytes());
-  float* arrays = workspace.take<float>(plan.blocks.threads * plan.thread_floats());
+  float* arrays = workspace.take<float>(plan.workers() * plan.thread_floats());
   const int64_t part_step = plan.positions * plan.sums;
   double* sums = workspace.take<double>(plan.blocks.threads * part_step);
   const int64_t left_rows = left_stride(plan.blocks.block);
   const int64_t right_rows = right_stride(plan.blocks.block);
   const ProductKernels& products = kernels_in_use();
-  parallel_blocks(plan.blocks, [&](const Block& block) {
-    float* left = arrays + block.thread * plan.thread_floats();
+  parallel_blocks(plan.blocks, plan.split.channel_parts, [&](const Block& block) {
+    float* left = arrays + block.worker * plan.thread_floats();
     float* right = left + plan.left;
     const TileRange range{from.height, from.width,  from.channels, dy.height,
                           dy.width,    dy.channels, block.begin,   block.rows};
+    const ChannelRange channels(dy.channels, plan.split.channel_parts, block.part);
+    double* to = sums + block.share * part_step + channels.begin * from.channels;
     for (int position = 0; position < plan.positions; ++position) {
-      kernels.pack_grad_position({range, dy.data, position, left_rows, left});
-      kernels.pack_input_position({range, from.data, position, right_rows, right});
+      kernels.pack_grad_position(
+          {range, dy.data, position, channels.begin, channels.end, left_rows, left});
+      kernels.pack_input_position(
+          {range, from.data, position, 0, from.channels, right_rows, right});
       products.accumulate({block.rows,
-                           dy.channels,
+                           channels.size(),
                            from.channels,
                            left,
                            left_rows,
@@ -219,7 +225,7 @@ Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
                            right_rows,
                            false,
                            block.first,
-                           sums + block.thread * part_step + position * plan.sums,
+                           to + position * plan.sums,
                            {}});
     }
   });

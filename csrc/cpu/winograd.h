@@ -59,11 +59,12 @@ struct TransformOutput {
   float* y;
 };
 
-// One position of V as right panels, or of A dy as left panels.
+// One position of V as right panels, or of A dy as left panels, for channels [begin, end).
 struct PackPosition {
   TileRange tiles;
   const float* source;
   int position;
+  int64_t begin, end;
   int64_t stride;
   float* panels;
 };

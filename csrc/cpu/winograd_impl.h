@@ -254,8 +254,8 @@ void transform_output(const TransformOutput& p) {
 
 // --- the gradient of the weight ---
 
-// put(number of the tile, first channel, vector) for one position of every tile of images [height,
-// width, channels], whose tile's pixel 0 is tile number * step + origin.
+// put(number of the tile, channel after p.begin, vector) for one position of every tile of images
+// [height, width, channels], whose tile's pixel 0 is tile number * step + origin.
 template <class Scheme, class Put>
 FB_INLINE void for_each_at_position(const PackPosition& p, const Taps* taps, int step, int origin,
                                     int64_t height, int64_t width, int64_t channels,
@@ -276,11 +276,11 @@ FB_INLINE void for_each_at_position(const PackPosition& p, const Taps* taps, int
               pixel[count] = p.source + ((image * height + y) * width + x) * channels;
               sign[count++] = s;
             }
-          for (int64_t c = 0; c < channels; c += kVector) {
+          for (int64_t c = p.begin; c < p.end; c += kVector) {
             FloatVector sum{};
             for (int i = 0; i < count; ++i)
               sum = multiply_add(sign[i], load(Float{}, pixel[i] + c), sum);
-            put(first + t, c, sum);
+            put(first + t, c - p.begin, sum);
           }
         }
       });
@@ -288,10 +288,10 @@ FB_INLINE void for_each_at_position(const PackPosition& p, const Taps* taps, int
 
 template <class Scheme>
 void pack_input_position(const PackPosition& p) {
-  const int64_t channels = p.tiles.in_channels, whole = channels / kWide * kWide;
+  const int64_t whole = (p.end - p.begin) / kWide * kWide;
   for_each_at_position<Scheme>(
       p, Scheme::input_taps, Scheme::step, Scheme::origin, p.tiles.in_height, p.tiles.in_width,
-      channels, [&](int64_t tile, int64_t c, FloatVector v) {
+      p.tiles.in_channels, [&](int64_t tile, int64_t c, FloatVector v) {
         const int64_t width = c < whole ? kWide : kVector;
         const int64_t panel = c < whole ? c / kWide * kWide : c;
         store(Float{}, p.panels + panel * p.stride + tile * width + (c - panel), v);
