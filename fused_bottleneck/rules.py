@@ -6,13 +6,14 @@ from collections.abc import Sequence
 def uses_gram(device: str, pixels: int, channels: int, width: int) -> bool:
     """Whether a tail unit ``[pixels, channels] -> [pixels, width]`` takes the gram way (tail.py).
 
-    On CPU arithmetic decides: the gram way where it costs fewer multiply-adds. Elsewhere memory
-    does, and the gram way always moves less of it.
+    On CPU arithmetic decides: half a symmetric product over the pixels and one with the covariance
+    [channels, channels], and two and a half with the weight, against computing the output once
+    more and the passes over it. Elsewhere memory does, and the gram way always moves less of it.
     """
     if device != "cpu":
         return True
-    gram = 2 * pixels * channels + 3 * width * channels
-    return gram < pixels * width
+    gram = 1.5 * pixels * channels + 2.5 * width * channels
+    return gram < 1.3 * pixels * width
 
 
 _WINOGRAD_PIXELS = 512
