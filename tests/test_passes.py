@@ -6,14 +6,12 @@ few roundings. Sums may differ by their order: at most by the roundings of their
 """
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from op_helpers import LEVELS, assert_fence, fenced, pack, run_child, unpack
 from torch import Tensor
 
 from fused_bottleneck import extension
@@ -27,7 +25,6 @@ SHAPES = [
     *itertools.product([1, 2, 5], [1, 3, 7, 17, 64, 100, 256]),
     *[(1000, 3), (1000, 64), (1000, 256), (4099, 1), (4099, 7), (4099, 17), (4099, 100)],
 ]
-LEVELS = ["default", "avx2", "avx512"]
 
 # Per pass: which tensors it writes and which it returns.
 WRITES = {
@@ -35,6 +32,7 @@ WRITES = {
     "bn_apply_": ["out"],
     "residual_relu_": ["out", "mask"],
     "mask_grad_": ["g"],
+    "masked_add_": ["out"],
     "bn_backward_reduce_": ["g"],
     "bn_backward_": ["out"],
 }
@@ -52,6 +50,7 @@ CASES: dict[str, tuple[str, list[str], bool]] = {
     "residual_relu, product": ("residual_relu_", ["mean", "scale"], True),
     "residual_relu, no residual": ("residual_relu_", ["residual"], True),
     "mask_grad": ("mask_grad_", [], False),
+    "masked_add": ("masked_add_", [], False),
     "bn_backward_reduce": ("bn_backward_reduce_", [], True),
     "bn_backward_reduce, no option": (
         "bn_backward_reduce_",
@@ -66,6 +65,7 @@ over_cases = pytest.mark.parametrize("case", CASES)
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 Arguments = dict[str, Tensor | bool | None]
+Change = Callable[[Tensor], Tensor | None]
 
 
 def arguments(case: str, dtype: torch.dtype, shape: tuple[int, int], seed: int = 0) -> Arguments:
@@ -73,7 +73,7 @@ def arguments(case: str, dtype: torch.dtype, shape: tuple[int, int], seed: int =
     op, left_out, relu = CASES[case]
     rows, channels = shape
     generator = torch.Generator().manual_seed(seed)
-    matrices = {"y", "out", "residual", "grad", "addend", "grad_out", "g"}
+    matrices = {"y", "out", "residual", "grad", "addend", "grad_out", "g", "value"}
 
     def value(name: str) -> Tensor | bool | None:
         if name in left_out:
@@ -104,21 +104,6 @@ def call(case: str, args: Arguments) -> dict[str, Tensor]:
     return {name: own[name] for name in WRITES[op]} | outputs
 
 
-def pack(bits: Tensor) -> Tensor:
-    """Mask bytes of a 0/1 matrix: channel 8j + k is bit k of byte j."""
-    rows, channels = bits.shape
-    padded = torch.zeros(rows, -(-channels // 8) * 8, dtype=torch.uint8)
-    padded[:, :channels] = bits
-    return (padded.view(rows, -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(
-        -1, dtype=torch.uint8
-    )
-
-
-def unpack(mask: Tensor, channels: int) -> Tensor:
-    bits = (mask[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.flatten(1)[:, :channels].bool()
-
-
 def oracle(case: str, args: Arguments, compute: torch.dtype) -> dict[str, Tensor]:
     """The elementwise results in dtype compute; the gate of a relu always in the accumulation's."""
     op = CASES[case][0]
@@ -141,6 +126,9 @@ def oracle(case: str, args: Arguments, compute: torch.dtype) -> dict[str, Tensor
     if op == "mask_grad_":
         bits = unpack(a["mask"], a["grad_out"].shape[1])
         return {"g": torch.where(bits, a["grad_out"], zero)}
+    if op == "masked_add_":
+        bits = unpack(a["mask"], a["grad_out"].shape[1])
+        return {"out": a["value"] + torch.where(bits, a["grad_out"], zero)}
     if op == "bn_backward_reduce_":
         v = plus(a["grad"], "addend", "shift")
         if a["relu"]:
@@ -272,7 +260,8 @@ def test_nan_and_inf_flow(case: str, dtype: torch.dtype) -> None:
 def test_output_may_be_an_input(case: str, dtype: torch.dtype) -> None:
     op = CASES[case][0]
     for output, source in itertools.product(
-        {"out", "g"} & set(WRITES[op]), ["y", "residual", "grad", "addend", "grad_out", "g"]
+        {"out", "g"} & set(WRITES[op]),
+        ["y", "residual", "grad", "addend", "grad_out", "value", "g"],
     ):
         args = arguments(case, dtype, (70, 37))
         if source == output or args.get(source) is None:
@@ -336,18 +325,6 @@ def all_outputs() -> dict[str, object]:
     return outputs | {"capability": passes.cpu_capability()}
 
 
-def run_child(code: str, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parent
-    path = os.pathsep.join([str(root), str(root.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", code, *args],
-        env=os.environ | {"PYTHONPATH": path} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.slow
 def test_every_instruction_set_gives_the_same_bits(tmp_path: Path) -> None:
     code = "import sys, torch, test_passes; torch.save(test_passes.all_outputs(), sys.argv[1])"
@@ -378,6 +355,10 @@ def test_opcheck(case: str) -> None:
     """In bfloat16, whose accumulation dtype the fake kernels must know."""
     args = arguments(case, torch.bfloat16, (5, 12))
     torch.library.opcheck(getattr(passes, CASES[case][0]).default, tuple(args.values()))
+
+
+def test_opcheck_transpose() -> None:
+    torch.library.opcheck(passes.transpose_.default, (torch.ones(2, 3, 4), torch.ones(2, 4, 3)))
 
 
 def test_opcheck_advise_huge_pages() -> None:
@@ -421,6 +402,51 @@ def test_missing_library_warns_once_with_the_reason(
     assert "build_ext --inplace" in str(caught[0].message)
 
 
+@over_dtypes
+@pytest.mark.usefixtures("restore_threads")
+def test_transpose(dtype: torch.dtype) -> None:
+    """Every value arrives, NaN and Inf too, and nothing around out is written."""
+    special = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0], dtype=dtype)
+    sizes = [1, 3, 7, 8, 16, 17, 33, 64, 100]
+    shapes = [(b, r, c) for b, r, c in itertools.product([1, 3], sizes, sizes)]
+    for batch, rows, columns in [*shapes, (2, 1000, 513), (2, 64, 5000), (1, 3, 4099)]:
+        x = torch.randn(batch, rows, columns).to(dtype)
+        x.view(-1)[: len(special)] = special[: x.numel()]
+        for threads in [1, 2]:
+            torch.set_num_threads(threads)
+            out = fenced(torch.full((batch, columns, rows), 7.0, dtype=dtype))
+            assert passes.transpose_(fenced(x), out) is None
+            assert_fence(out)
+            torch.testing.assert_close(out, x.transpose(1, 2), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("x", lambda t: t[0], r"expected x to be matrices \[B, R, C\].*got float32 \[3, 4\]"),
+        ("x", lambda t: t.long(), r"expected x to be .*of float32, float64.*got Long \[2, 3, 4\]"),
+        ("x", lambda t: t.mT, r"expected x to be .*not contiguous, strides"),
+        ("x", lambda t: t[:0], r"expected x to have at least one row.*got float32 \[0, 3, 4\]"),
+        ("out", lambda t: t.double(), r"out to be float32 \[2, 4, 3\].*got float64 \[2, 4, 3\]"),
+        ("out", lambda t: t.mT, r"out to be float32 \[2, 4, 3\].*got float32 \[2, 3, 4\]"),
+        ("out", lambda t: t[1:], r"out to be float32 \[2, 4, 3\].*got float32 \[1, 4, 3\]"),
+    ],
+)
+def test_transpose_error_names_the_argument(name: str, change: Change, message: str) -> None:
+    args = {"x": torch.zeros(2, 3, 4), "out": torch.zeros(2, 4, 3)}
+    args[name] = change(args[name])
+    with pytest.raises(RuntimeError, match=f"transpose_: .*{message}"):
+        passes.transpose_(**args)
+
+
+def test_transpose_in_place_is_an_error() -> None:
+    memory = torch.randn(25)
+    for start in (0, 1):
+        out = memory[start : start + 24].view(2, 4, 3)
+        with pytest.raises(RuntimeError, match="transpose_: expected out to be separate from x"):
+            passes.transpose_(memory[:24].view(2, 3, 4), out)
+
+
 @pytest.mark.parametrize("shape", [(0,), (3, 5), (1500, 1024), (2**21 + 3,)])
 def test_advise_huge_pages_changes_nothing(shape: tuple[int, ...]) -> None:
     t = torch.randn(shape)
@@ -430,7 +456,6 @@ def test_advise_huge_pages_changes_nothing(shape: tuple[int, ...]) -> None:
         assert torch.equal(view, before)
 
 
-Change = Callable[[Tensor], Tensor | None]
 ERRORS: list[tuple[str, str, Change, str]] = [
     ("channel_moments", "y", lambda t: t[0], r"expected y to be a matrix.*got float32 \[16\]"),
     ("channel_moments", "y", lambda t: t.long(), r"of float32, float64.*got Long \[10, 16\]"),
@@ -449,6 +474,10 @@ ERRORS: list[tuple[str, str, Change, str]] = [
     ("residual_relu", "mask", lambda t: t[:, :1].clone(), r"mask to be .*got uint8 \[10, 1\]"),
     ("mask_grad", "mask", lambda t: t[1:], r"mask to be uint8 \[10, 2\].*got uint8 \[9, 2\]"),
     ("mask_grad", "g", lambda t: t.double(), r"g to be float32 \[10, 16\].*got float64"),
+    ("masked_add", "value", lambda t: t.t(), r"expected value to be .*got float32 \[16, 10\], not"),
+    ("masked_add", "grad_out", lambda t: t.half(), r"grad_out to be float32 .*got float16"),
+    ("masked_add", "mask", lambda t: t[1:], r"mask to be uint8 \[10, 2\].*got uint8 \[9, 2\]"),
+    ("masked_add", "out", lambda t: t[1:], r"out to be float32 \[10, 16\].*got float32 \[9, 16\]"),
     ("bn_backward_reduce", "scale", lambda t: None, "scale to be given with relu=True, got None"),
     ("bn_backward_reduce", "addend", lambda t: t.half(), "addend to be float32.*got float16"),
     ("bn_backward_reduce", "y", lambda t: t[:, 1:], r"y to be float32 .*got float32 \[10, 15\]"),
@@ -472,6 +501,8 @@ def test_error_names_the_argument(case: str, name: str, change: Change, message:
         ("bn_apply", "out", "y"),
         ("residual_relu", "out", "residual"),
         ("bn_backward_reduce", "g", "y"),
+        ("masked_add", "out", "value"),
+        ("masked_add", "out", "grad_out"),
     ],
 )
 def test_partial_overlap_is_an_error(case: str, output: str, source: str) -> None:

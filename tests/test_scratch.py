@@ -1,10 +1,13 @@
 """Scratch memory: reused, bounded, given back, and never shared by two runs."""
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from helpers import Case, Result, run
+from torch import Tensor
 
 from fused_bottleneck import FusedBottleneck, extension, release_scratch, scratch
 
@@ -146,7 +149,7 @@ def test_backward_inside_backward() -> None:
     want = [run(case.module(FusedBottleneck), case.input()) for case in CASES]
     inside: list[Result] = []
 
-    def train_inner(grad: torch.Tensor) -> None:
+    def train_inner(grad: Tensor) -> None:
         with torch.enable_grad():
             inside.append(run(inner, CASES[1].input()))
 
@@ -156,3 +159,214 @@ def test_backward_inside_backward() -> None:
         assert torch.equal(got.tensors()[name], tensor), name
     for name, tensor in want[1].tensors().items():
         assert torch.equal(inside[0].tensors()[name], tensor), name
+
+
+# Results of 2 MiB: above the size from which memory is reused.
+RESULT = (2, 64, 64, 64)
+
+
+def result(value: float = 0.0, shape: tuple[int, ...] = RESULT) -> Tensor:
+    return scratch.result_empty(shape, torch.float32).fill_(value)
+
+
+def address(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+def kept_bytes() -> int:
+    return sum(storage.nbytes() for storage in scratch._results)
+
+
+def test_memory_of_a_dead_result_is_reused() -> None:
+    t = result()
+    assert kept_bytes() == t.numel() * 4
+    pointer = address(t)
+    del t
+    other = torch.empty(RESULT)  # would get the memory, were it free
+    for _ in range(3):
+        assert address(result()) == pointer != address(other)
+    assert kept_bytes() == other.numel() * 4
+
+
+def saved(t: Tensor) -> Tensor:
+    """A product whose graph is all that holds t."""
+    return torch.ones((), requires_grad=True) * t.detach()
+
+
+def saved_value(out: Tensor) -> Tensor:
+    return out.grad_fn._saved_other
+
+
+Hold = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+HOLDERS: dict[str, Hold] = {
+    "tensor": (lambda t: t, lambda t: t),
+    "view": (lambda t: t[1, 2], lambda t: t),
+    "detached": (lambda t: t.detach(), lambda t: t),
+    "parameter": (torch.nn.Parameter, lambda t: t.detach()),
+    "saved for backward": (saved, saved_value),
+    "untyped storage": (lambda t: t.untyped_storage(), lambda s: torch.empty(0).set_(s)),
+    "typed storage": (lambda t: t.storage(), lambda s: torch.empty(0).set_(s)),
+    "storage in another tensor": (lambda t: torch.empty(0).set_(t.untyped_storage()), lambda t: t),
+    "numpy": (lambda t: t[0].numpy(), torch.from_numpy),
+    "dlpack": (torch.utils.dlpack.to_dlpack, torch.utils.dlpack.from_dlpack),
+    "lazy clone": (lambda t: t._lazy_clone(), lambda t: t),
+}
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_memory_that_is_held_is_not_reused(holder: str) -> None:
+    hold, read = HOLDERS[holder]
+    for _ in range(2):  # the second time in reused memory
+        t = result(3)
+        held = hold(t)
+        del t
+        others = [result(9) for _ in range(3)]
+        unchanged = bool((read(held) == 3).all())
+        assert unchanged
+        del held, others
+
+
+def test_memory_shared_with_other_processes_is_not_reused() -> None:
+    """What a queue has sent to one lives on there when nobody here holds it."""
+    result(3).share_memory_()
+    shared = [result(9).is_shared() for _ in range(3)]
+    assert not any(shared)
+
+
+@pytest.mark.parametrize("size", [0, 2**20, 3 * 2**20])
+def test_memory_that_was_resized(size: int) -> None:
+    """As libraries do that free a parameter's or an activation's memory."""
+    t = result()
+    t.untyped_storage().resize_(size)
+    del t
+    assert result(1).sum() == 2**19
+
+
+def test_result_is_an_ordinary_tensor() -> None:
+    for _ in range(2):  # the second time in reused memory
+        t = scratch.result_empty(RESULT, torch.float32)
+        assert not t._is_view()
+        assert t.is_leaf
+        assert not t.requires_grad
+        assert not t.is_inference()
+        assert t.storage_offset() == 0
+        t.fill_(2)
+        version = t._version
+        view = t[0]
+        view.add_(1)
+        assert t._version == view._version == version + 1
+        x = torch.ones(RESULT, requires_grad=True)
+        out = x * t
+        out.sum().backward()
+        assert torch.equal(x.grad, t)
+        out = (x * t).sum()
+        t.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.backward()
+        del t, view, out
+
+
+def test_result_of_inference_mode() -> None:
+    with torch.inference_mode():
+        t = result()
+        pointer = address(t)
+        assert t.is_inference()
+        del t
+    for mode in (False, True, False):
+        with torch.inference_mode(mode):
+            t = result(1)
+            assert t.is_inference() == mode
+            assert address(t) == pointer
+            if not mode:
+                (torch.ones(RESULT, requires_grad=True) * t).sum().backward()
+            del t
+
+
+def test_result_is_nan_here() -> None:
+    for _ in range(2):  # the second time in reused memory
+        t = scratch.result_empty(RESULT, torch.float32)
+        assert t.isnan().all()
+        t.fill_(1)
+        del t
+
+
+def test_results_of_the_same_size_in_bytes() -> None:
+    """Every layout and dtype gets the same memory, and its own strides."""
+    n, c, h, w = RESULT
+    pointers = set()
+    for dtype, channels in [
+        (torch.float32, c),
+        (torch.float64, c // 2),
+        (torch.bfloat16, 2 * c),
+        (torch.float16, 2 * c),
+    ]:
+        for channels_last in (False, True):
+            t = scratch.result_empty((n, channels, h, w), dtype, channels_last)
+            layout = torch.channels_last if channels_last else torch.contiguous_format
+            assert t.shape == (n, channels, h, w)
+            assert t.dtype == dtype
+            assert t.stride() == torch.empty(t.shape, memory_format=layout).stride()
+            pointers.add(address(t))
+            del t
+    assert len(pointers) == 1
+
+
+def test_memory_of_another_size() -> None:
+    """A little larger is reused, as for the last batch; much larger or smaller is not."""
+    pointer = address(result())
+    assert address(result(shape=(2, 64, 64, 52))) == pointer
+    for shape in [(1, 64, 64, 65), (2, 64, 64, 65)]:
+        t = result(shape=shape)
+        assert t.untyped_storage().nbytes() >= t.numel() * 4
+        assert t.untyped_storage().nbytes() < 1.3 * t.numel() * 4
+        del t
+
+
+def test_kept_results_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    mebibyte = 2**20
+    monkeypatch.setattr(scratch, "LIMIT_BYTES", 8 * mebibyte)
+    held = [result(i) for i in range(7)]
+    assert kept_bytes() == 8 * mebibyte
+    assert [t[0, 0, 0, 0].item() for t in held] == list(range(7))
+    del held
+    large = [result(shape=(3, 64, 64, 64)) for _ in range(2)]  # in place of unused ones
+    assert kept_bytes() <= 8 * mebibyte
+    pointers = {address(t) for t in large}
+    del large
+    assert address(result(shape=(3, 64, 64, 64))) in pointers
+    result(shape=(10, 64, 64, 64))  # alone above the limit
+    assert kept_bytes() <= 8 * mebibyte
+
+
+def test_release_drops_results() -> None:
+    t = result(3)
+    result()
+    scratch.release()
+    assert kept_bytes() == 0
+    others = [result(9) for _ in range(3)]
+    assert (t == 3).all()
+    assert address(t) not in {address(other) for other in others}
+
+
+def test_threads_get_different_memory() -> None:
+    wrong: list[float] = []
+    start = threading.Barrier(2)
+
+    def work(value: float) -> None:
+        torch.set_num_threads(1)
+        start.wait()
+        for _ in range(100):
+            t = result(value)
+            other = result(value + 0.5)
+            if (t != value).any() or (other != value + 0.5).any():
+                wrong.append(value)
+            del t, other
+
+    threads = [threading.Thread(target=work, args=(value,)) for value in (1.0, 2.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert kept_bytes() <= 4 * 2 * 2**20  # no more than ever at the same time
