@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, dispatch
 from .autograd import BottleneckFunction, ConvBNReLUFunction, Observer, Plan
 from .operands import Geometry, Pair
 
@@ -198,6 +198,11 @@ def bottleneck(
     shortcut = autocast_shortcut(shortcut, x)
     checks.raise_if(checks.bottleneck(x, units) or checks.residual(x, units, shortcut))
     return run_bottleneck(x, units, shortcut)
+
+
+def why_no_kernels(x: Tensor, units: Sequence[Unit]) -> str | None:
+    """Why there are no fused kernels for arguments that are right, in one sentence."""
+    return dispatch.why_no_kernels(x, [(conv.weight, conv.geometry()) for conv, _ in units])
 
 
 def run_bottleneck(x: Tensor, units: Sequence[Unit], shortcut: Tensor | None) -> Tensor:

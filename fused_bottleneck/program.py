@@ -14,12 +14,25 @@ from torch import Tensor
 
 from . import algebra, tail
 from .dispatch import stages_for
-from .operands import POINTWISE, Activation, ConvGrad, MaskedGrad, StridedInput, pixels, strided
+from .operands import (
+    POINTWISE,
+    Activation,
+    ConvGrad,
+    Geometry,
+    MaskedGrad,
+    StridedInput,
+    pixels,
+    strided,
+)
 from .stages import ConvTerm, GradSums, InputTerm, Operand, Stages
 from .tail import TailBackward, TailState
 from .units import Unit, UnitGrads, UnitState, activation, conv_grad, unit_grads, unit_state
 
 _NARROW_TENSORS = 7  # y1, y2, mask, and mean and invstd of the two narrow normalisations
+
+
+def _convolutions(units: Sequence[Unit]) -> list[tuple[Tensor, Geometry]]:
+    return [(unit.weight, unit.geometry) for unit in units]
 
 
 def _tail_operand(stages: Stages, act: Activation, unit2: Unit, unit3: Unit) -> Activation:
@@ -56,7 +69,7 @@ def bottleneck_forward(
         out ``[N, 4M, H', W']``; what backward needs: ``[y1, y2, mask, *states]``; the batch mean
         and variance of every normalisation that uses them, in the order of the units.
     """
-    with stages_for(x) as stages:
+    with stages_for(x, _convolutions(units)) as stages:
         x = stages.channels_last(x)
         y1, moments1 = stages.conv_forward(x, units[0].weight, POINTWISE)
         state1 = unit_state(units[0], moments1)
@@ -160,7 +173,7 @@ def bottleneck_backward(
     tail_weights = [unit.weight for unit in units[2:]]
     tail_batch = [unit.batch for unit in units[2:]]
     states = tail.unpack_states(tail_weights, tail_batch, pixels(y2), saved[_NARROW_TENSORS:])
-    with stages_for(x) as stages:
+    with stages_for(x, _convolutions(units)) as stages:
         x = stages.channels_last(x)
         grad = MaskedGrad(stages.channels_last(grad_out), mask)
         act1 = activation(y1, units[0], state1)
@@ -213,7 +226,7 @@ def conv_bn_relu_forward(
     x: Tensor, unit: Unit, channels_last: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Forward of ``relu(bn(conv(x)))``: out, ``[y, mean, invstd]``, and the batch statistics."""
-    with stages_for(x) as stages:
+    with stages_for(x, _convolutions([unit])) as stages:
         y, moments = stages.conv_forward(stages.channels_last(x), unit.weight, unit.geometry)
         state = unit_state(unit, moments)
         out = stages.activation(activation(y, unit, state), channels_last)
@@ -231,7 +244,7 @@ def conv_bn_relu_backward(
 ) -> tuple[Tensor | None, UnitGrads]:
     """Backward of ``relu(bn(conv(x)))``: gradients of x and of the unit's parameters."""
     y, state = saved[0], UnitState(*saved[1:])
-    with stages_for(x) as stages:
+    with stages_for(x, _convolutions([unit])) as stages:
         x = stages.channels_last(x)
         g, sums = stages.relu_backward(grad_out, activation(y, unit, state), state.invstd)
         dy = conv_grad(unit, y, state, g, sums)

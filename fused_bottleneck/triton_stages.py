@@ -38,6 +38,11 @@ def _affine(act: Activation) -> Activation:
     return act if act.beta is not None else act._replace(beta=torch.zeros_like(act.mean))
 
 
+def _is_pointwise(weight: Tensor, geometry: Geometry) -> bool:
+    """A 1x1 convolution whose output has its input's pixels."""
+    return geometry == POINTWISE and weight.shape[2] == weight.shape[3] == 1
+
+
 def _in_layout(t: Tensor, channels_last: bool) -> Tensor:
     return t if channels_last else t.contiguous()
 
@@ -68,7 +73,7 @@ class TritonStages(Stages):
     def conv_forward(
         self, source: Tensor | Activation, weight: Tensor, geometry: Geometry
     ) -> tuple[Tensor, Moments]:
-        if isinstance(source, Tensor) and geometry == POINTWISE and weight[0, 0].numel() == 1:
+        if isinstance(source, Tensor) and _is_pointwise(weight, geometry):
             return conv1x1.conv1x1_forward(source, weight, self._precision)
         if isinstance(source, Activation):
             source = _affine(source)
@@ -139,7 +144,7 @@ class TritonStages(Stages):
         if isinstance(downsample, ConvTerm):
             return super().input_dgrad(conv, x, identity, downsample, channels_last)
         grad, weight, geometry = conv
-        if geometry == POINTWISE and weight[0, 0].numel() == 1:
+        if _is_pointwise(weight, geometry):
             out = conv1x1.input_dgrad(grad, weight, x, identity, downsample, self._precision)
         else:
             out, _ = conv2d.conv2d_dgrad(grad, weight, geometry, x, self._precision)

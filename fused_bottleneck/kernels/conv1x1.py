@@ -196,7 +196,7 @@ def _input_dgrad_kernel(
         )
         w1 = tile(w_ptr, offs_k, mask_k, N, offs_n, mask_n)
         acc = tl.dot(dy, w1, acc, input_precision=INPUT_PRECISION)
-    if RESIDUAL == "downsample":
+    if RESIDUAL == "downsample":  # noqa: SIM102
         if pid % (SH * SW) == 0:
             acc = _add_downsample(
                 acc, grad_ptr, bits_ptr, a_ptr, x_ptr, centre_ptr, b_ptr, shift_ptr, rows_q, rows,

@@ -30,6 +30,7 @@ def _conv2d_forward_kernel(
     mean_ptr,
     scale_ptr,
     beta_ptr,
+    centre_ptr,
     w_ptr,
     y_ptr,
     partial_ptr,
@@ -41,7 +42,6 @@ def _conv2d_forward_kernel(
     OH,
     OW,
     parts,
-    HAS_PROLOGUE: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
     SH: tl.constexpr,
@@ -55,7 +55,7 @@ def _conv2d_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """F2: ``y = conv(a)`` with ``a = relu(BN(x))`` (or x), and mean, M2 of every tile of y.
+    """F2: ``y = conv(a)`` and mean, M2 of every tile of y; a is relu(BN(x)), or x (scale_ptr None).
 
     x ``[images * H * W, C]``, weight ``[N, KH, KW, C]``, y ``[Q, N]`` with
     ``Q = images * OH * OW``, partial ``[2, N, parts]``. The padding is zero after the prologue. A
@@ -79,9 +79,9 @@ def _conv2d_forward_kernel(
         h, w = top + tap // KW * DH, left + tap % KW * DW
         inside = mask_q & (h >= 0) & (h < H) & (w >= 0) & (w < W)
         rows = (image + h) * W + w
-        if HAS_PROLOGUE:
+        if scale_ptr is not None:
             x = load_activation(
-                x_ptr, mean_ptr, scale_ptr, beta_ptr, None, rows, inside, C, offs_k, mask_k
+                x_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, rows, inside, C, offs_k, mask_k
             )
         else:
             x = tile(x_ptr, rows, inside, C, offs_k, mask_k)
@@ -107,17 +107,16 @@ def conv2d_forward(
 
     source ``[N, C, H, W]`` in channels_last memory, weight ``[M, C, kh, kw]``.
     """
-    has_prologue = isinstance(source, Activation)
-    act = source if isinstance(source, Activation) else Activation(source, None, None, None)
-    images, channels, height, width = act.y.shape
+    x, *coefficients = source if isinstance(source, Activation) else (source, *(None,) * 4)
+    images, channels, height, width = x.shape
     out_channels = weight.shape[0]
     size = geometry.output_size(height, width, (weight.shape[2], weight.shape[3]))
     rows = images * size[0] * size[1]
-    cfg = config.choose("conv2d_forward", rows, out_channels, channels, act.y.dtype)
+    cfg = config.choose("conv2d_forward", rows, out_channels, channels, x.dtype)
     y = torch.empty(
         (images, out_channels, *size),
-        dtype=act.y.dtype,
-        device=act.y.device,
+        dtype=x.dtype,
+        device=x.device,
         memory_format=torch.channels_last,
     )
     parts = blocks(rows, cfg.block_m)
@@ -125,10 +124,8 @@ def conv2d_forward(
     launch(
         _conv2d_forward_kernel,
         (parts * blocks(out_channels, cfg.block_n),),
-        act.y,
-        act.mean,
-        act.scale,
-        act.beta,
+        x,
+        *coefficients,
         weight.contiguous(memory_format=torch.channels_last),
         y,
         partial,
@@ -139,7 +136,6 @@ def conv2d_forward(
         width,
         *size,
         parts,
-        HAS_PROLOGUE=has_prologue,
         **_constants(weight, geometry),
         INPUT_PRECISION=precision,
         BLOCK_M=cfg.block_m,

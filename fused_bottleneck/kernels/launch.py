@@ -30,6 +30,11 @@ def launch(
     kernel[grid](*arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
+def is_recording() -> bool:
+    """Whether calls are being listed, not made."""
+    return _calls is not None
+
+
 @contextmanager
 def recording() -> Iterator[list[Call]]:
     """List the calls of whatever runs inside, without running them.

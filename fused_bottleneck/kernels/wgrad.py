@@ -140,6 +140,7 @@ def _conv_wgrad_kernel(
     x_mean_ptr,
     x_scale_ptr,
     x_beta_ptr,
+    x_centre_ptr,
     partial_ptr,
     Q,
     M,
@@ -198,12 +199,13 @@ def _conv_wgrad_kernel(
                 rows = ((offs_q // (OH * OW)).to(tl.int64) * H + h) * W + w
             if x_scale_ptr is not None:
                 a = load_activation(
-                    x_ptr, x_mean_ptr, x_scale_ptr, x_beta_ptr, None, rows, inside, C, offs_c,
-                    mask_c,
+                    x_ptr, x_mean_ptr, x_scale_ptr, x_beta_ptr, x_centre_ptr, rows, inside, C,
+                    offs_c, mask_c,
                 )  # fmt: skip
             else:
                 a = tile(x_ptr, rows, inside, C, offs_c, mask_c)
-            sums = sums + (tl.dot(tl.trans(dy), a, accs[i], input_precision=INPUT_PRECISION),)
+            acc = tl.dot(tl.trans(dy), a, accs[i], input_precision=INPUT_PRECISION)
+            sums = sums + (acc,)  # noqa: RUF005
         accs = sums
     partial_ptr += part.to(tl.int64) * (M * KH * KW) * C
     mask = mask_m[:, None] & mask_c[None, :]
@@ -220,7 +222,7 @@ def conv_wgrad(
     precision: str,
 ) -> Tensor:
     """B4, B5: the gradient of the weight ``[M, C, kh, kw]``, channels_last, in its dtype."""
-    x, *coefficients = source[:4] if isinstance(source, Activation) else (source, *(None,) * 3)
+    x, *coefficients = source if isinstance(source, Activation) else (source, *(None,) * 4)
     out_channels, channels, kh, kw = weight.shape
     (sh, sw), (ph, pw), (dh, dw), _ = geometry
     rows = pixels(grad.g)
