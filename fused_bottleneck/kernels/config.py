@@ -1,11 +1,23 @@
-"""Block sizes: the analytical default of each stage and shape, and what tuning tries."""
+"""Block sizes: an analytical default for each stage and shape, and what tuning may try instead.
+
+A stage's product is ``[m, k] x [k, n]``. Which configuration it gets: the tuned one of this GPU and
+shape if there is one (tuned.py), else the default, which knows no GPU and compiles without spills
+for sm_80, sm_90 and sm_100 (tests/test_triton_compile.py).
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+HOPPER, BLACKWELL = (9, 0), (10, 0)
+# Shared memory of a program: what every GPU since sm_80 has (sm_86, 89 and 120 have no more).
+SHARED_MEMORY = 101_376
+REGISTERS = 255
 
 
 @dataclass(frozen=True)
@@ -13,7 +25,8 @@ class Config:
     """A kernel's blocks, in the terms of its product ``[m, k] x [k, n]``.
 
     Products with a row per pixel have pixels on m; products over pixels have channels on m and n,
-    pixels on k, and ``rows`` pixels per partial result.
+    pixels on k, and ``rows`` pixels per partial result. taps: how many of a row of a convolution's
+    taps one program of its weight gradient takes, at most.
     """
 
     block_m: int
@@ -22,6 +35,17 @@ class Config:
     num_warps: int = 4
     num_stages: int = 3
     rows: int = 0
+    taps: int = 1
+
+
+class Problem(NamedTuple):
+    """What a configuration is chosen for: a stage, the sizes of its product, the element type."""
+
+    stage: str
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype
 
 
 def blocks(size: int, block: int) -> int:
@@ -34,11 +58,9 @@ REDUCE = Config(block_m=1024, block_n=256, block_k=0, num_warps=4, num_stages=1)
 # The covariance of the combined parts; the elementwise kernels.
 COVARIANCE = Config(block_m=16, block_n=64, block_k=0, num_warps=4, num_stages=1)
 POINTWISE = Config(block_m=64, block_n=64, block_k=0, num_warps=4, num_stages=1)
-# A convolution's weight gradient takes up to that many taps of a row in one program.
-MOST_TAPS = 3
-
 
 _forced: Config | None = None
+_tuned: dict[Problem, Config] = {}
 
 
 @contextmanager
@@ -52,18 +74,98 @@ def forced(config: Config) -> Iterator[None]:
         _forced = previous
 
 
-def choose(stage: str, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
-    """The configuration of a stage for its product's sizes."""
+def choose(stage: str, m: int, n: int, k: int, like: Tensor) -> Config:
+    """The configuration of a stage for its product's sizes, on like's device in its dtype."""
     if _forced is not None:
         return _forced
-    return _default(stage, m, n, k, dtype)
+    problem = Problem(stage, m, n, k, like.dtype)
+    return default(problem, _architecture(like.device))
 
 
-def _up_to(size: int, most: int) -> int:
-    """The smallest power of two >= size, between 16 and most."""
-    return max(16, min(most, 1 << (size - 1).bit_length()))
+_assumed = HOPPER
+
+
+@contextmanager
+def assumed_architecture(capability: tuple[int, int]) -> Iterator[None]:
+    """The architecture of tensors that are on no GPU: of kernels interpreted, or listed."""
+    global _assumed
+    previous, _assumed = _assumed, capability
+    try:
+        yield
+    finally:
+        _assumed = previous
+
+
+def _architecture(device: torch.device) -> tuple[int, int]:
+    return _capability(device) if device.type == "cuda" else _assumed
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+# Pixels of one partial result, at most: float32 accumulates over them, and the partials are added
+# in float64. A covariance feeds a variance that may be small against it, so that its are shorter;
+# where a partial is large (many channels) it must not be written too often.
+_MOST_ROWS = {
+    "gram": 2048,
+    "tail_wgrad": 4096,
+    "tail_wgrad_strided": 4096,
+    "conv_wgrad_pointwise": 8192,
+    "conv_wgrad_taps": 8192,
+}
+_LEAST_ROWS = 256
+# Programs of a product over pixels: a few for each multiprocessor of the largest GPUs.
+_PROGRAMS = 512
+_SMALL_GRAM = 256
+# Stages whose float32 blocks want the registers of eight warps.
+_MANY_OPERANDS = ("gram", "tail_wgrad", "tail_wgrad_strided", "input_dgrad_downsample")
 
 
 @lru_cache(maxsize=4096)
-def _default(stage: str, m: int, n: int, k: int, dtype: torch.dtype) -> Config:
-    return Config(128, _up_to(n, 128), 64, 8, 3, 2048)
+def default(problem: Problem, architecture: tuple[int, int]) -> Config:
+    """The analytical default: see ``_blocks``; over pixels, as many rows as fill the GPU."""
+    config = _blocks(problem, architecture)
+    if problem.stage not in _MOST_ROWS:
+        return config
+    return _with_rows(problem, config)
+
+
+def _with_rows(problem: Problem, config: Config) -> Config:
+    """The configuration with the pixels per partial result."""
+    stage, m, n, k, _ = problem
+    most = _MOST_ROWS[stage]
+    if stage == "gram" and m <= _SMALL_GRAM:
+        most //= 2
+    tiles = blocks(m, config.block_m) * blocks(n, config.block_n)
+    rows = max(_LEAST_ROWS, min(most, blocks(k, blocks(_PROGRAMS, tiles))))
+    values = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    values["rows"] = blocks(rows, config.block_k) * config.block_k
+    return Config(**values)
+
+
+def _blocks(problem: Problem, architecture: tuple[int, int]) -> Config:
+    """Two programs or more per multiprocessor, so that one's epilogue hides behind another's
+    loads, and no spills: 16-bit blocks of 64x128 (64x64, 128x64 where n is 64) with 4 warps.
+
+    Exact float32 products run on ordinary registers and want small blocks.
+    """
+    stage, _, n, _, dtype = problem
+    if dtype == torch.float32:
+        return Config(64, 64, 32, 8 if stage in _MANY_OPERANDS else 4, 3)
+    narrow = n <= 64
+    if stage == "gram":
+        return Config(64, 64, 64, 4, 3) if narrow else Config(128, 128, 32, 8, 4)
+    if stage == "tail_wgrad_strided" and architecture >= BLACKWELL and not narrow:
+        return Config(64, 128, 64, 4, 3)
+    if stage in ("tail_wgrad", "tail_wgrad_strided"):
+        return Config(128, 64, 64, 8, 3) if narrow else Config(128, 128, 32, 8, 4)
+    if stage == "conv_wgrad_taps":
+        hopper = architecture >= HOPPER
+        return Config(64, 64, 32, 4, 3, taps=3) if hopper else Config(64, 64, 64, 4, 3)
+    if stage == "conv1x1_forward":
+        return Config(128, 64, 64, 4, 3) if narrow else Config(128, 128, 64, 8, 3)
+    if stage == "conv2d_forward" and narrow:
+        return Config(128, 64, 32, 4, 4)
+    return Config(64, 64, 64, 4, 3) if narrow else Config(64, 128, 64, 4, 3)

@@ -70,7 +70,7 @@ def conv1x1_forward(x: Tensor, weight: Tensor, precision: str) -> tuple[Tensor, 
     x ``[N, C, H, W]`` in channels_last memory, weight ``[M, C, 1, 1]``.
     """
     rows, in_channels, out_channels = pixels(x), x.shape[1], weight.shape[0]
-    cfg = config.choose("conv1x1_forward", rows, out_channels, in_channels, x.dtype)
+    cfg = config.choose("conv1x1_forward", rows, out_channels, in_channels, x)
     shape = (x.shape[0], out_channels, *x.shape[2:])
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     parts = blocks(rows, cfg.block_m)
@@ -249,7 +249,7 @@ def input_dgrad(
     sh, sw = residual.stride
     depth = out_channels + (residual.channels + in_channels if downsample else 0)
     stage = f"input_dgrad_{residual.kind}"
-    cfg = config.choose(stage, pixels(x), in_channels, depth, x.dtype)
+    cfg = config.choose(stage, pixels(x), in_channels, depth, x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     per_class = blocks(images * blocks(height, sh) * blocks(width, sw), cfg.block_m)
     launch(

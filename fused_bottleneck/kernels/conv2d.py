@@ -112,7 +112,7 @@ def conv2d_forward(
     out_channels = weight.shape[0]
     size = geometry.output_size(height, width, (weight.shape[2], weight.shape[3]))
     rows = images * size[0] * size[1]
-    cfg = config.choose("conv2d_forward", rows, out_channels, channels, x.dtype)
+    cfg = config.choose("conv2d_forward", rows, out_channels, channels, x)
     y = torch.empty(
         (images, out_channels, *size),
         dtype=x.dtype,
@@ -265,7 +265,7 @@ def conv2d_dgrad(
     images, channels, height, width = x.shape
     out_channels = weight.shape[0]
     (sh, sw), _, (dh, dw), _ = geometry
-    cfg = config.choose("conv2d_dgrad", pixels(x), channels, out_channels, x.dtype)
+    cfg = config.choose("conv2d_dgrad", pixels(x), channels, out_channels, x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     rows_per_class = images * blocks(height, sh) * blocks(width, sw)
     parts = sh * sw * blocks(rows_per_class, cfg.block_m)

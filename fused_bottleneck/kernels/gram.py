@@ -161,7 +161,7 @@ def gram(operand: Operand, precision: str) -> tuple[Tensor, Tensor]:
     images, channels, *size = operand_shape(operand)
     rows = images * size[0] * size[1]
     source = operand.x if isinstance(operand, StridedInput) else operand.y
-    cfg = config.choose("gram", channels, channels, rows, source.dtype)
+    cfg = config.choose("gram", channels, channels, rows, source)
     count, parts = blocks(channels, cfg.block_m), blocks(rows, cfg.rows)
     like = {"dtype": torch.float32, "device": source.device}
     product = torch.empty((parts, channels, channels), **like)

@@ -122,7 +122,7 @@ def tail_forward(
         strides, size, x_channels = x_s.stride, x_s.x.shape[2:], x_s.x.shape[1]
     rows = pixels(act.y)
     stage = "tail_forward" if residual is not None else "tail_forward_downsample"
-    cfg = config.choose(stage, rows, wide, width + x_channels, act.y.dtype)
+    cfg = config.choose(stage, rows, wide, width + x_channels, act.y)
     out = torch.empty(
         (images, wide, height_out, width_out),
         dtype=act.y.dtype,
@@ -221,7 +221,7 @@ def tail_dgrad(
 ) -> tuple[Tensor, GradSums]:
     """B2: g2 ``[N, M, H', W']`` in channels_last memory, and its two sums."""
     rows, width, wide = pixels(act.y), act.y.shape[1], grad.grad_out.shape[1]
-    cfg = config.choose("tail_dgrad", rows, width, wide + width, act.y.dtype)
+    cfg = config.choose("tail_dgrad", rows, width, wide + width, act.y)
     out = torch.empty_like(act.y, memory_format=torch.channels_last)
     parts = blocks(rows, cfg.block_m)
     partial = torch.empty((2, width, parts), dtype=torch.float32, device=out.device)

@@ -99,7 +99,8 @@ def tail_wgrad(
 def _tail_wgrad(grad: MaskedGrad, operand: Operand, precision: str) -> tuple[Tensor, Tensor]:
     rows, wide = pixels(grad.grad_out), grad.grad_out.shape[1]
     _, channels, *size = operand_shape(operand)
-    cfg = config.choose("tail_wgrad", wide, channels, rows, grad.grad_out.dtype)
+    stage = "tail_wgrad" if isinstance(operand, Activation) else "tail_wgrad_strided"
+    cfg = config.choose(stage, wide, channels, rows, grad.grad_out)
     parts = blocks(rows, cfg.rows)
     like = {"dtype": torch.float32, "device": grad.grad_out.device}
     partial = torch.empty((parts, wide * (channels + 1)), **like)
@@ -227,8 +228,8 @@ def conv_wgrad(
     (sh, sw), (ph, pw), (dh, dw), _ = geometry
     rows = pixels(grad.g)
     kind = "pointwise" if kh * kw == 1 else "taps"
-    cfg = config.choose(f"conv_wgrad_{kind}", out_channels, channels, rows, weight.dtype)
-    taps = kw if kw <= config.MOST_TAPS else 1
+    cfg = config.choose(f"conv_wgrad_{kind}", out_channels, channels, rows, weight)
+    taps = kw if kw <= cfg.taps else 1
     parts = blocks(rows, cfg.rows)
     like = {"device": weight.device}
     partial = torch.empty((parts, weight.numel()), dtype=torch.float32, **like)
