@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.shapes import BlockShape
+from benchmarks.shapes import RESNET50, BlockShape
 from fused_bottleneck import program
 from fused_bottleneck.kernels.config import assumed_architecture
 from fused_bottleneck.kernels.launch import Call, recording
@@ -38,26 +38,39 @@ ALIGNMENT = 16  # bytes of a pointer, or units of an integer, that the compiler 
 
 
 def step_calls(
-    shape: BlockShape, batch: int, dtype: torch.dtype, architecture: int = 90
+    shape: BlockShape, batch: int, dtype: torch.dtype, architecture: int = 90, fixed: bool = False
 ) -> tuple[list[Call], list[Call]]:
-    """The kernel calls of one training step of a block on an architecture: forward, backward."""
-    with assumed_architecture((architecture // 10, architecture % 10)):
-        return _step_calls(shape, batch, dtype)
+    """The kernel calls of one training step of a block on an architecture: forward, backward.
 
-
-def _step_calls(
-    shape: BlockShape, batch: int, dtype: torch.dtype
-) -> tuple[list[Call], list[Call]]:
+    fixed: with fixed statistics, and a given shortcut in place of the identity.
+    """
     x = _meta(dtype, batch, shape.in_channels, shape.size, shape.size)
-    units = _units(shape, dtype)
-    with recording() as forward:
-        out, saved, _ = program.bottleneck_forward(x, None, units, True)
+    units = _units(shape, dtype, fixed)
+    out = _meta(dtype, batch, shape.out_channels, shape.out_size, shape.out_size)
+    shortcut = out if fixed and not shape.downsample else None
+    identity = shortcut is None and not shape.downsample
     needs = [True] * len(units)
-    with recording() as backward:
-        program.bottleneck_backward(
-            torch.empty_like(out), x, units, saved, True, False, needs, not shape.downsample, True
-        )
+    with assumed_architecture(divmod(architecture, 10)):
+        with recording() as forward:
+            _, saved, _ = program.bottleneck_forward(x, shortcut, units, True)
+        with recording() as backward:
+            program.bottleneck_backward(
+                out, x, units, saved, True, shortcut is not None, needs, identity, True
+            )
     return forward, backward
+
+
+def unit_calls(dtype: torch.dtype, architecture: int = 90) -> list[Call]:
+    """The kernel calls of one training step of standalone conv+BN+ReLU units."""
+    calls: list[Call] = []
+    for kernel, geometry in ((1, POINTWISE), (3, Geometry((2, 2), (1, 1)))):
+        x = _meta(dtype, 32, 64, 56, 56)
+        unit = _unit(dtype, 128, 64, kernel, geometry, False)
+        with assumed_architecture(divmod(architecture, 10)), recording() as made:
+            out, saved, _ = program.conv_bn_relu_forward(x, unit, True)
+            program.conv_bn_relu_backward(out, x, unit, saved, True, True, True)
+        calls += made
+    return calls
 
 
 def _meta(dtype: torch.dtype, *size: int) -> Tensor:
@@ -65,7 +78,16 @@ def _meta(dtype: torch.dtype, *size: int) -> Tensor:
     return torch.empty(size, dtype=dtype, device="meta", memory_format=memory)
 
 
-def _units(shape: BlockShape, dtype: torch.dtype) -> list[Unit]:
+def _unit(
+    dtype: torch.dtype, out: int, channels: int, kernel: int, geometry: Geometry, fixed: bool
+) -> Unit:
+    gamma, beta, mean, var = (_meta(torch.float32, out) for _ in range(4))
+    weight = _meta(dtype, out, channels, kernel, kernel)
+    statistics = (mean, var) if fixed else (None, None)
+    return Unit(weight, gamma, beta, geometry, not fixed, None, *statistics, eps=1e-5)
+
+
+def _units(shape: BlockShape, dtype: torch.dtype, fixed: bool) -> list[Unit]:
     width, wide = shape.width, shape.out_channels
     stride = (shape.stride, shape.stride)
     sizes = [
@@ -75,17 +97,17 @@ def _units(shape: BlockShape, dtype: torch.dtype) -> list[Unit]:
     ]
     if shape.downsample:
         sizes.append((wide, shape.in_channels, 1, Geometry(stride)))
-    return [
-        Unit(
-            _meta(dtype, out, channels, kernel, kernel),
-            _meta(torch.float32, out),
-            _meta(torch.float32, out),
-            geometry,
-            batch=True,
-            eps=1e-5,
-        )
-        for out, channels, kernel, geometry in sizes
-    ]
+    return [_unit(dtype, *size, fixed) for size in sizes]
+
+
+def shipped(dtype: torch.dtype, architecture: int, batch: int = 256) -> list[Specialisation]:
+    """Everything that is compiled for ResNet-50's blocks, for frozen blocks of the first three
+    shapes (narrow, wide and strided), and for standalone units."""
+    calls = unit_calls(dtype, architecture)
+    for shape, fixed in [*((s, False) for s in RESNET50), *((s, True) for s in RESNET50[:3])]:
+        forward, backward = step_calls(shape, batch, dtype, architecture, fixed)
+        calls += forward + backward
+    return distinct(calls)
 
 
 @dataclass(frozen=True)
@@ -129,9 +151,7 @@ def specialise(call: Call) -> Specialisation:
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[parameter.name] = value
-        elif isinstance(value, Tensor):
-            aligned.append(i)
-        elif value % ALIGNMENT == 0 and not parameter.do_not_specialize:
+        elif isinstance(value, Tensor) or _is_aligned(value, parameter.do_not_specialize):
             aligned.append(i)
     return Specialisation(
         kernel,
@@ -141,6 +161,10 @@ def specialise(call: Call) -> Specialisation:
         call.config.num_warps,
         call.config.num_stages,
     )
+
+
+def _is_aligned(value: int, unspecialised: bool) -> bool:
+    return value % ALIGNMENT == 0 and not unspecialised
 
 
 def _kind(value: Any, is_constant: bool, unspecialised: bool) -> str:
@@ -175,9 +199,7 @@ def compile_for(spec: Specialisation, architecture: int) -> Usage:
     registers, stack = _resources(binary.asm["cubin"])
     ptx, ttgir = binary.asm["ptx"], binary.asm["ttgir"]
     products = len(re.findall(r"(?:tt\.dot|warp_group_dot|tc_gen5_mma)\b", ttgir))
-    return Usage(
-        registers, stack, binary.metadata.shared, ptx.count("wgmma.mma_async"), products
-    )
+    return Usage(registers, stack, binary.metadata.shared, ptx.count("wgmma.mma_async"), products)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -119,8 +119,6 @@ _LEAST_ROWS = 256
 # Programs of a product over pixels: a few for each multiprocessor of the largest GPUs.
 _PROGRAMS = 512
 _SMALL_GRAM = 256
-# Stages whose float32 blocks want the registers of eight warps.
-_MANY_OPERANDS = ("gram", "tail_wgrad", "tail_wgrad_strided", "input_dgrad_downsample")
 
 
 @lru_cache(maxsize=4096)
@@ -149,11 +147,10 @@ def _blocks(problem: Problem, architecture: tuple[int, int]) -> Config:
     """Two programs or more per multiprocessor, so that one's epilogue hides behind another's
     loads, and no spills: 16-bit blocks of 64x128 (64x64, 128x64 where n is 64) with 4 warps.
 
-    Exact float32 products run on ordinary registers and want small blocks.
     """
     stage, _, n, _, dtype = problem
     if dtype == torch.float32:
-        return Config(64, 64, 32, 8 if stage in _MANY_OPERANDS else 4, 3)
+        return _float32_blocks(stage, architecture)
     narrow = n <= 64
     if stage == "gram":
         return Config(64, 64, 64, 4, 3) if narrow else Config(128, 128, 32, 8, 4)
@@ -166,6 +163,15 @@ def _blocks(problem: Problem, architecture: tuple[int, int]) -> Config:
         return Config(64, 64, 32, 4, 3, taps=3) if hopper else Config(64, 64, 64, 4, 3)
     if stage == "conv1x1_forward":
         return Config(128, 64, 64, 4, 3) if narrow else Config(128, 128, 64, 8, 3)
-    if stage == "conv2d_forward" and narrow:
+    if stage == "conv2d_forward" and narrow and architecture >= HOPPER:
         return Config(128, 64, 32, 4, 4)
     return Config(64, 64, 64, 4, 3) if narrow else Config(64, 128, 64, 4, 3)
+
+
+def _float32_blocks(stage: str, architecture: tuple[int, int]) -> Config:
+    """Exact float32 products run on ordinary registers and want small blocks; tf32 shares them."""
+    if stage == "gram":
+        return Config(32, 32, 32, 4, 3) if architecture >= BLACKWELL else Config(64, 64, 16, 8, 3)
+    if stage in ("tail_wgrad", "tail_wgrad_strided"):
+        return Config(64, 64, 32, 8, 3)
+    return Config(64, 64, 32, 4, 2 if stage == "input_dgrad_downsample" else 3)

@@ -1,0 +1,75 @@
+"""Every kernel at every shipped configuration, compiled ahead of time for three architectures.
+
+Needs no GPU. Two processes, cold about three minutes; Triton keeps what it compiled, by source and
+options, in build/triton.
+"""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+from fused_bottleneck.kernels.config import SHARED_MEMORY
+
+CACHE = Path(__file__).resolve().parent.parent / "build" / "triton"
+ARCHITECTURES = (90, 100, 80)
+PRECISIONS = {
+    "bfloat16": (torch.bfloat16, "ieee"),
+    "float16": (torch.float16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "float32": (torch.float32, "ieee"),
+}
+PROCESSES = 2
+
+# Name, blocks, and the figures of benchmarks.compiled.Usage.
+Row = tuple[str, str, dict[str, int]]
+
+
+def compile_all(precision: str, architecture: int) -> list[Row]:
+    """In a process of its own: the usage of every kernel for one architecture."""
+    from dataclasses import asdict
+
+    from benchmarks.compiled import compile_for, shipped
+
+    dtype, torch.backends.cudnn.conv.fp32_precision = PRECISIONS[precision]
+    rows = shipped(dtype, architecture)
+    return [(spec.name, spec.blocks, asdict(compile_for(spec, architecture))) for spec in rows]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[dict[tuple[str, int], Future[list[Row]]]]:
+    """The usages by precision and architecture, as they get ready."""
+    os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn")) as pool:
+        yield {
+            (precision, architecture): pool.submit(compile_all, precision, architecture)
+            for architecture in ARCHITECTURES
+            for precision in PRECISIONS
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles_well(
+    architecture: int,
+    precision: str,
+    compiled: dict[tuple[str, int], Future[list[Row]]],
+) -> None:
+    """No spills, no more shared memory than any GPU has, wgmma for 16-bit products on Hopper."""
+    rows = compiled[precision, architecture].result()
+    assert len({name for name, _, _ in rows}) >= 15  # every kernel
+    for name, blocks, usage in rows:
+        where = f"{name} {blocks}: {usage}"
+        assert usage["stack"] == 0, where
+        assert usage["shared"] <= SHARED_MEMORY, where
+        if architecture == 90 and precision in ("bfloat16", "float16") and usage["products"]:
+            assert usage["wgmma"] > 0, where
