@@ -83,8 +83,8 @@ def _unit(
 ) -> Unit:
     gamma, beta, mean, var = (_meta(torch.float32, out) for _ in range(4))
     weight = _meta(dtype, out, channels, kernel, kernel)
-    statistics = (mean, var) if fixed else (None, None)
-    return Unit(weight, gamma, beta, geometry, not fixed, None, *statistics, eps=1e-5)
+    unit = Unit(weight, gamma, beta, geometry, not fixed, eps=1e-5)
+    return unit._replace(fixed_mean=mean, fixed_var=var) if fixed else unit
 
 
 def _units(shape: BlockShape, dtype: torch.dtype, fixed: bool) -> list[Unit]:
@@ -101,10 +101,14 @@ def _units(shape: BlockShape, dtype: torch.dtype, fixed: bool) -> list[Unit]:
 
 
 def shipped(dtype: torch.dtype, architecture: int, batch: int = 256) -> list[Specialisation]:
-    """Everything that is compiled for ResNet-50's blocks, for frozen blocks of the first three
-    shapes (narrow, wide and strided), and for standalone units."""
+    """Everything that is compiled for ResNet-50's blocks and for standalone units, and on Hopper
+    for frozen blocks of the first three shapes (narrow, wide, strided): they have fewer operands.
+    """
     calls = unit_calls(dtype, architecture)
-    for shape, fixed in [*((s, False) for s in RESNET50), *((s, True) for s in RESNET50[:3])]:
+    cases = [(shape, False) for shape in RESNET50]
+    if architecture == 90:
+        cases += [(shape, True) for shape in RESNET50[:3]]
+    for shape, fixed in cases:
         forward, backward = step_calls(shape, batch, dtype, architecture, fixed)
         calls += forward + backward
     return distinct(calls)
@@ -131,6 +135,21 @@ class Specialisation:
         """Block sizes, warps and stages, as `128x64x64 w4 s3`."""
         sizes = [str(value) for name, value in self.constants if name.startswith("BLOCK")]
         return f"{'x'.join(sizes)} w{self.num_warps} s{self.num_stages}"
+
+    @property
+    def variant(self) -> str:
+        """What else distinguishes it: a residual's kind, taps, strides, an operand's kind."""
+        constants = dict(self.constants)
+        parts = [str(constants[name]) for name in ("RESIDUAL",) if name in constants]
+        if constants.get("HAS_DOWNSAMPLE"):
+            parts.append("downsample")
+        if constants.get("KH", 1) * constants.get("KW", 1) > 1:
+            parts.append(f"{constants['KH']}x{constants['KW']}")
+        if constants.get("SH", 1) * constants.get("SW", 1) > 1:
+            parts.append(f"stride {constants['SH']}")
+        if "scale_ptr" in constants:
+            parts.append("input operand")
+        return ", ".join(parts)
 
     @property
     def dtype(self) -> str:

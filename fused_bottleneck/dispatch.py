@@ -1,6 +1,7 @@
 """Which implementation runs: the one place that knows about devices."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -31,10 +32,30 @@ def stages_for(x: Tensor, convs: Sequence[Shape]) -> Stages:
     if x.device.type == "cpu" and extension.loaded():
         return CpuStages()
     if _on_kernels(x) and why_no_kernels(x, convs) is None:
-        from .triton_stages import TritonStages  # imports triton
-
-        return TritonStages(x.device)
+        return _kernels()(x)
     return Stages()
+
+
+_replacement: Callable[[Tensor], Stages] | None = None
+
+
+def _kernels() -> Callable[[Tensor], Stages]:
+    if _replacement is not None:
+        return _replacement
+    from .triton_stages import TritonStages  # imports triton
+
+    return TritonStages
+
+
+@contextmanager
+def replaced_kernels(stages: Callable[[Tensor], Stages]) -> Iterator[None]:
+    """Another class in place of the Triton stages, made of a program's input: for tuning."""
+    global _replacement
+    previous, _replacement = _replacement, stages
+    try:
+        yield
+    finally:
+        _replacement = previous
 
 
 def _on_kernels(x: Tensor) -> bool:

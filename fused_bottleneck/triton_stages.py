@@ -24,13 +24,14 @@ from .stages import (
 )
 
 
-def input_precision() -> str:
+def input_precision(dtype: torch.dtype) -> str:
     """How float32 products are taken: "tf32" where torch's convolutions are, else "ieee".
 
     All of a block's products are a convolution's or its gradient's, so that
     ``torch.backends.cudnn`` rules (``allow_tf32``, ``conv.fp32_precision``), as it does in nn.
     """
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    is_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return "tf32" if is_tf32 and dtype == torch.float32 else "ieee"
 
 
 def _affine(act: Activation) -> Activation:
@@ -50,9 +51,10 @@ def _in_layout(t: Tensor, channels_last: bool) -> Tensor:
 class TritonStages(Stages):
     """The stages with Triton kernels; see ``Stages`` for what each computes."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device: Any = torch.cuda.device(device) if device.type == "cuda" else None
-        self._precision = input_precision()
+    def __init__(self, x: Tensor) -> None:
+        """x: the program's input, for its device and dtype."""
+        self._device: Any = torch.cuda.device(x.device) if x.device.type == "cuda" else None
+        self._precision = input_precision(x.dtype)
 
     def __enter__(self) -> "TritonStages":
         if self._device is not None:

@@ -32,7 +32,6 @@ if INTERPRETED:
     from fused_bottleneck.kernels.config import Config
     from fused_bottleneck.triton_stages import TritonStages
 
-CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16]
 # Several tiles in every dimension, the last one never full.
 C, M, W, H = 48, 80, 96, 7
@@ -54,7 +53,7 @@ def assert_same(stage: Callable[[Stages, Data], Any], dtype: torch.dtype) -> Non
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     with Stages() as plain:
         want = tensors_of(stage(plain, Data(dtype)))
-    with TritonStages(CPU) as stages:
+    with TritonStages(torch.empty(0, dtype=dtype)) as stages:
         got = tensors_of(stage(stages, Data(dtype)))
     assert len(got) == len(want) > 0
     for ours, theirs in zip(got, want, strict=True):
@@ -164,7 +163,7 @@ def test_not_finite(value: float) -> None:
 @pytest.fixture
 def triton_block(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The programs with the Triton stages, on the way that CUDA takes."""
-    monkeypatch.setattr(program, "stages_for", lambda x, convs: TritonStages(x.device))
+    monkeypatch.setattr(program, "stages_for", lambda x, convs: TritonStages(x))
     monkeypatch.setattr(tail, "uses_gram", lambda *sizes: True)
     with config.forced(Config(32, 32, 32, rows=50)):
         yield

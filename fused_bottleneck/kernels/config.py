@@ -7,45 +7,18 @@ for sm_80, sm_90 and sm_100 (tests/test_triton_compile.py).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import product
 
 import torch
 from torch import Tensor
 
+from .tuned import Config, Problem, table
+
 HOPPER, BLACKWELL = (9, 0), (10, 0)
 # Shared memory of a program: what every GPU since sm_80 has (sm_86, 89 and 120 have no more).
 SHARED_MEMORY = 101_376
-REGISTERS = 255
-
-
-@dataclass(frozen=True)
-class Config:
-    """A kernel's blocks, in the terms of its product ``[m, k] x [k, n]``.
-
-    Products with a row per pixel have pixels on m; products over pixels have channels on m and n,
-    pixels on k, and ``rows`` pixels per partial result. taps: how many of a row of a convolution's
-    taps one program of its weight gradient takes, at most.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int = 4
-    num_stages: int = 3
-    rows: int = 0
-    taps: int = 1
-
-
-class Problem(NamedTuple):
-    """What a configuration is chosen for: a stage, the sizes of its product, the element type."""
-
-    stage: str
-    m: int
-    n: int
-    k: int
-    dtype: torch.dtype
 
 
 def blocks(size: int, block: int) -> int:
@@ -60,12 +33,13 @@ COVARIANCE = Config(block_m=16, block_n=64, block_k=0, num_warps=4, num_stages=1
 POINTWISE = Config(block_m=64, block_n=64, block_k=0, num_warps=4, num_stages=1)
 
 _forced: Config | None = None
-_tuned: dict[Problem, Config] = {}
+_overrides: dict[Problem, Config] = {}
+_asked: list[Problem] | None = None
 
 
 @contextmanager
 def forced(config: Config) -> Iterator[None]:
-    """Every stage with this configuration, whatever its sizes: for tests and tuning."""
+    """Every stage with this configuration, whatever its sizes: for tests."""
     global _forced
     previous, _forced = _forced, config
     try:
@@ -74,12 +48,38 @@ def forced(config: Config) -> Iterator[None]:
         _forced = previous
 
 
+@contextmanager
+def overridden(problem: Problem, config: Config) -> Iterator[None]:
+    """This configuration for one problem: for tuning."""
+    _overrides[problem] = config
+    try:
+        yield
+    finally:
+        del _overrides[problem]
+
+
+@contextmanager
+def asked() -> Iterator[list[Problem]]:
+    """List the problems that configurations are asked for inside."""
+    global _asked
+    previous, _asked = _asked, []
+    try:
+        yield _asked
+    finally:
+        _asked = previous
+
+
 def choose(stage: str, m: int, n: int, k: int, like: Tensor) -> Config:
     """The configuration of a stage for its product's sizes, on like's device in its dtype."""
     if _forced is not None:
         return _forced
     problem = Problem(stage, m, n, k, like.dtype)
-    return default(problem, _architecture(like.device))
+    if _asked is not None:
+        _asked.append(problem)
+    if problem in _overrides:
+        return _overrides[problem]
+    tuned = table(like.device).get(problem) if like.device.type == "cuda" else None
+    return tuned or default(problem, _architecture(like.device))
 
 
 _assumed = HOPPER
@@ -115,9 +115,11 @@ _MOST_ROWS = {
     "conv_wgrad_pointwise": 8192,
     "conv_wgrad_taps": 8192,
 }
-_LEAST_ROWS = 256
-# Programs of a product over pixels: a few for each multiprocessor of the largest GPUs.
-_PROGRAMS = 512
+_LEAST_ROWS = 512
+# Programs of a product over pixels: two for each multiprocessor of the largest GPUs. More would
+# only write more partials (at 7x7 those of dW2 weigh more than its operands).
+_PROGRAMS = 264
+_TAPS = 9  # of a 3x3 convolution
 _SMALL_GRAM = 256
 
 
@@ -137,10 +139,10 @@ def _with_rows(problem: Problem, config: Config) -> Config:
     if stage == "gram" and m <= _SMALL_GRAM:
         most //= 2
     tiles = blocks(m, config.block_m) * blocks(n, config.block_n)
+    if stage == "conv_wgrad_taps":
+        tiles *= _TAPS // config.taps
     rows = max(_LEAST_ROWS, min(most, blocks(k, blocks(_PROGRAMS, tiles))))
-    values = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    values["rows"] = blocks(rows, config.block_k) * config.block_k
-    return Config(**values)
+    return replace(config, rows=blocks(rows, config.block_k) * config.block_k)
 
 
 def _blocks(problem: Problem, architecture: tuple[int, int]) -> Config:
@@ -175,3 +177,36 @@ def _float32_blocks(stage: str, architecture: tuple[int, int]) -> Config:
     if stage in ("tail_wgrad", "tail_wgrad_strided"):
         return Config(64, 64, 32, 8, 3)
     return Config(64, 64, 32, 4, 2 if stage == "input_dgrad_downsample" else 3)
+
+
+# What tuning tries: accumulators per thread between these, as more spill and fewer leave the
+# product units waiting.
+_ACCUMULATORS = range(16, 129)
+_DEVICE_SHARED = {(8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448}
+
+
+def candidates(problem: Problem, architecture: tuple[int, int]) -> list[Config]:
+    """Configurations worth trying, the default first.
+
+    All blocks of 64 or 128 by 64, 128 or 256 by 32 or 64 with 4 or 8 warps and 2 to 4 stages,
+    without those that reach far beyond the problem, hold too many or too few accumulators, or
+    need more shared memory than there is. Which of them compile, the GPU says.
+    """
+    first = default(problem, architecture)
+    tried = [first]
+    shared = _DEVICE_SHARED.get(architecture, SHARED_MEMORY)
+    for m, n, k, warps, stages in product((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)):
+        config = replace(first, block_m=m, block_n=n, block_k=k, num_warps=warps, num_stages=stages)
+        if _is_sensible(problem, config, shared):
+            tried.append(config)
+    return list(dict.fromkeys(tried))
+
+
+def _is_sensible(problem: Problem, config: Config, shared: int) -> bool:
+    stage, m, n, _, dtype = problem
+    accumulators = config.block_m * config.block_n * config.taps // (32 * config.num_warps)
+    staged = (config.block_m + config.block_n * config.taps) * config.block_k
+    fits = staged * dtype.itemsize * (config.num_stages - 1) <= shared
+    reaches = config.block_n >= 2 * max(n, 64) or config.block_m >= 2 * max(m, 64)
+    square = stage != "gram" or config.block_m == config.block_n
+    return fits and square and not reaches and accumulators in _ACCUMULATORS

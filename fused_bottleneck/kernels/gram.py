@@ -163,9 +163,9 @@ def gram(operand: Operand, precision: str) -> tuple[Tensor, Tensor]:
     source = operand.x if isinstance(operand, StridedInput) else operand.y
     cfg = config.choose("gram", channels, channels, rows, source)
     count, parts = blocks(channels, cfg.block_m), blocks(rows, cfg.rows)
-    like = {"dtype": torch.float32, "device": source.device}
-    product = torch.empty((parts, channels, channels), **like)
-    sums = torch.empty((parts, channels), **like)
+    device = source.device
+    product = torch.empty((parts, channels, channels), dtype=torch.float32, device=device)
+    sums = torch.empty((parts, channels), dtype=torch.float32, device=device)
     stride = operand_stride(operand)
     launch(
         _gram_kernel,
@@ -185,8 +185,8 @@ def gram(operand: Operand, precision: str) -> tuple[Tensor, Tensor]:
         BLOCK_K=cfg.block_k,
         config=cfg,
     )
-    mean = torch.empty(channels, **like)
-    cov = torch.empty((channels, channels), **like)
+    mean = torch.empty(channels, dtype=torch.float32, device=device)
+    cov = torch.empty((channels, channels), dtype=torch.float32, device=device)
     final = config.COVARIANCE
     launch(
         _covariance_kernel,

@@ -119,7 +119,8 @@ def tail_forward(
         x_s, folded_x = terms[1]
         assert isinstance(x_s, StridedInput)
         downsample = (x_s.x, x_s.centre, folded_x.weight, folded_x.shift)
-        strides, size, x_channels = x_s.stride, x_s.x.shape[2:], x_s.x.shape[1]
+        strides, x_channels = x_s.stride, x_s.x.shape[1]
+        size = (x_s.x.shape[2], x_s.x.shape[3])
     rows = pixels(act.y)
     stage = "tail_forward" if residual is not None else "tail_forward_downsample"
     cfg = config.choose(stage, rows, wide, width + x_channels, act.y)

@@ -98,12 +98,13 @@ def tail_wgrad(
 
 def _tail_wgrad(grad: MaskedGrad, operand: Operand, precision: str) -> tuple[Tensor, Tensor]:
     rows, wide = pixels(grad.grad_out), grad.grad_out.shape[1]
-    _, channels, *size = operand_shape(operand)
+    _, channels, *image = operand_shape(operand)
     stage = "tail_wgrad" if isinstance(operand, Activation) else "tail_wgrad_strided"
     cfg = config.choose(stage, wide, channels, rows, grad.grad_out)
     parts = blocks(rows, cfg.rows)
-    like = {"dtype": torch.float32, "device": grad.grad_out.device}
-    partial = torch.empty((parts, wide * (channels + 1)), **like)
+    size = wide * (channels + 1)
+    device = grad.grad_out.device
+    partial = torch.empty((parts, size), dtype=torch.float32, device=device)
     stride = operand_stride(operand)
     launch(
         _tail_wgrad_kernel,
@@ -115,7 +116,7 @@ def _tail_wgrad(grad: MaskedGrad, operand: Operand, precision: str) -> tuple[Ten
         rows,
         wide,
         channels,
-        *size,
+        *image,
         cfg.rows,
         SH=stride[0],
         SW=stride[1],
@@ -125,7 +126,7 @@ def _tail_wgrad(grad: MaskedGrad, operand: Operand, precision: str) -> tuple[Ten
         BLOCK_K=cfg.block_k,
         config=cfg,
     )
-    total = products_of(partial, torch.empty(wide * (channels + 1), **like))
+    total = products_of(partial, torch.empty(size, dtype=torch.float32, device=device))
     return total[wide * channels :], total[: wide * channels].view(wide, channels)
 
 
@@ -206,7 +207,7 @@ def _conv_wgrad_kernel(
             else:
                 a = tile(x_ptr, rows, inside, C, offs_c, mask_c)
             acc = tl.dot(tl.trans(dy), a, accs[i], input_precision=INPUT_PRECISION)
-            sums = sums + (acc,)  # noqa: RUF005
+            sums = sums + (acc,)  # type: ignore[assignment]  # noqa: RUF005
         accs = sums
     partial_ptr += part.to(tl.int64) * (M * KH * KW) * C
     mask = mask_m[:, None] & mask_c[None, :]
@@ -231,8 +232,8 @@ def conv_wgrad(
     cfg = config.choose(f"conv_wgrad_{kind}", out_channels, channels, rows, weight)
     taps = kw if kw <= cfg.taps else 1
     parts = blocks(rows, cfg.rows)
-    like = {"device": weight.device}
-    partial = torch.empty((parts, weight.numel()), dtype=torch.float32, **like)
+    device = weight.device
+    partial = torch.empty((parts, weight.numel()), dtype=torch.float32, device=device)
     tiles = blocks(out_channels, cfg.block_m) * blocks(channels, cfg.block_n)
     launch(
         _conv_wgrad_kernel,
@@ -262,5 +263,7 @@ def conv_wgrad(
         BLOCK_K=cfg.block_k,
         config=cfg,
     )
-    out = torch.empty(weight.shape, dtype=weight.dtype, memory_format=torch.channels_last, **like)
+    out = torch.empty(
+        weight.shape, dtype=weight.dtype, device=device, memory_format=torch.channels_last
+    )
     return products_of(partial, out)
