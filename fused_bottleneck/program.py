@@ -109,10 +109,10 @@ def _tails_backward(
     folded = [i for i, (unit, state) in enumerate(pairs) if state.cov is not None or not unit.batch]
     results: dict[int, TailBackward] = {}
     if folded:
-        weights = [tail.operand_weight(units[i], states[i]) for i in folded]
+        weights = [tail.operand_weight(units[i], stages, states[i]) for i in folded]
         sum_g, products = stages.tail_wgrad(grad, [operands[i] for i in folded], weights)
         for i, a, s in zip(folded, weights, products, strict=True):
-            results[i] = tail.folded_backward(units[i], states[i], a, s, sum_g, count)
+            results[i] = tail.folded_backward(units[i], stages, states[i], a, s, sum_g, count)
     for i, unit in enumerate(units):
         if i not in results:
             results[i] = tail.product_backward(

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from .algebra import OperandGrad
-from .kernels import conv1x1, conv2d, gram, pointwise, tail, wgrad
+from .kernels import conv1x1, conv2d, fold, gram, pointwise, tail, wgrad
 from .operands import POINTWISE, Activation, ConvGrad, Geometry, MaskedGrad
 from .stages import (
     ConvTerm,
+    FoldBackward,
     FoldedTerm,
+    FoldForward,
     GradSums,
     InputTerm,
     Moments,
@@ -76,7 +78,7 @@ class TritonStages(Stages):
         self, source: Tensor | Activation, weight: Tensor, geometry: Geometry
     ) -> tuple[Tensor, Moments]:
         if isinstance(source, Tensor) and _is_pointwise(weight, geometry):
-            return conv1x1.conv1x1_forward(source, weight, self._precision)
+            return conv1x1.conv1x1_forward(source, weight.contiguous(), self._precision)
         if isinstance(source, Activation):
             source = _affine(source)
         return conv2d.conv2d_forward(source, weight, geometry, self._precision)
@@ -89,6 +91,18 @@ class TritonStages(Stages):
             operand = _affine(operand)
         return gram.gram(operand, self._precision)
 
+    def fold(
+        self,
+        weight: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        eps: float,
+        centre: Tensor,
+        mean_d: Tensor,
+        cov: Tensor,
+    ) -> FoldForward:
+        return fold.fold(weight.contiguous(), gamma, beta, eps, centre, mean_d, cov)
+
     def tail_forward(
         self, terms: Sequence[FoldedTerm], residuals: Sequence[Tensor], channels_last: bool
     ) -> tuple[Tensor, Tensor]:
@@ -100,6 +114,31 @@ class TritonStages(Stages):
         return _in_layout(out, channels_last), mask
 
     # Backward.
+
+    def folded_weight(self, weight: Tensor, gamma: Tensor | None, invstd: Tensor) -> Tensor:
+        return fold.folded_weight(weight.contiguous(), gamma, invstd)
+
+    def fold_backward(
+        self,
+        weight: Tensor,
+        gamma: Tensor | None,
+        invstd: Tensor,
+        offset: Tensor,
+        centre: Tensor,
+        mean_d: Tensor | None,
+        cov: Tensor | None,
+        a: Tensor,
+        s: Tensor,
+        sum_g: Tensor,
+        count: int,
+    ) -> FoldBackward:
+        if mean_d is None or cov is None:
+            return super().fold_backward(
+                weight, gamma, invstd, offset, centre, mean_d, cov, a, s, sum_g, count
+            )
+        return fold.fold_backward(
+            weight.contiguous(), gamma, invstd, offset, mean_d, cov, a, s, sum_g, count
+        )
 
     def tail_wgrad(
         self, grad: MaskedGrad, operands: Sequence[Operand], weights: Sequence[Tensor]
@@ -147,7 +186,9 @@ class TritonStages(Stages):
             return super().input_dgrad(conv, x, identity, downsample, channels_last)
         grad, weight, geometry = conv
         if _is_pointwise(weight, geometry):
-            out = conv1x1.input_dgrad(grad, weight, x, identity, downsample, self._precision)
+            out = conv1x1.input_dgrad(
+                grad, weight.contiguous(), x, identity, downsample, self._precision
+            )
         else:
             out, _ = conv2d.conv2d_dgrad(grad, weight, geometry, x, self._precision)
         return _in_layout(out, channels_last)

@@ -34,7 +34,7 @@ if INTERPRETED:
 
 DTYPES = [torch.float32, torch.float16]
 # Several tiles in every dimension, the last one never full.
-C, M, W, H = 48, 80, 96, 7
+C, M, W, H = 80, 48, 96, 7
 CHANNELS = {"C": C, "M": M, "W": W}
 PRODUCT_WAY = {"F4, two residuals", "B1, product", "normalise"}
 
@@ -141,6 +141,37 @@ def test_without_beta() -> None:
     assert_same(without_beta, torch.float32)
 
 
+def folding(affine: bool) -> Callable[[Stages, Data], Any]:
+    """What lies between the tail's stages, on coefficients of the right kind."""
+
+    def stage(stages: Stages, data: Data) -> Any:
+        weight, s = data.weight(W, M, 1, 1), data.weight(W, M).float()
+        gamma, beta = (data.vector(W), data.vector(W)) if affine else (None, None)
+        mean_d, centre, sum_g = data.vector(M), data.vector(M), data.vector(W)
+        root = data.weight(M, M).float()
+        cov = root @ root.t() / M
+        folded, moments, invstd, offset = stages.fold(
+            weight, gamma, beta, 1e-3, centre, mean_d, cov
+        )
+        a = stages.folded_weight(weight, gamma, invstd)
+        assert torch.equal(a, folded.weight)
+        backward = stages.fold_backward(
+            weight, gamma, invstd, offset, centre, mean_d, cov, a, s, sum_g, 100
+        )
+        dgamma, dweight, coefficients = backward
+        return [folded, moments, invstd, offset, dgamma, dweight.to(weight.dtype), coefficients]
+
+    return stage
+
+
+@interpreted
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("affine", [True, False])
+def test_folding(affine: bool, dtype: torch.dtype) -> None:
+    assert_same(folding(affine), dtype)
+
+
 @interpreted
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -165,7 +196,7 @@ def triton_block(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The programs with the Triton stages, on the way that CUDA takes."""
     monkeypatch.setattr(program, "stages_for", lambda x, convs: TritonStages(x))
     monkeypatch.setattr(tail, "uses_gram", lambda *sizes: True)
-    with config.forced(Config(32, 32, 32, rows=50)):
+    with config.forced(Config(64, 32, 32, rows=50)):
         yield
 
 
@@ -176,8 +207,9 @@ BLOCKS = {
     "stride 3": Case(32, 16, 3, "conv", size=(3, 7, 8)),
     "dilation 2": Case(64, 16, options={"dilation": 2}, size=(2, 6, 5)),
     "shortcut": Case(32, 16, 2, "pool", size=(2, 6, 6)),
-    "wide": Case(96, 48, 2, "conv", options={"expansion": 2}, size=(1, 5, 5)),
+    "wide": Case(48, 48, 2, "conv", options={"expansion": 2}, size=(1, 5, 5)),
 }
+HALF_CASES = {("identity", "none"), ("stride 2", "none"), ("stride 2", "bn2, bn3")}
 FROZEN = {"none": (), "bn1": ("bn1",), "bn2, bn3": ("bn2", "bn3"), "all": ("bn1", "bn2", "bn3")}
 
 
@@ -204,6 +236,8 @@ def results(case: Case, dtype: torch.dtype, frozen: Sequence[str], seed: int) ->
 )
 def test_block(case: str, frozen: str, dtype: torch.dtype) -> None:
     """The whole block, forward and backward, is as accurate as the plain one."""
+    if dtype == torch.float16 and (case, frozen) not in HALF_CASES:
+        pytest.skip("one case of each kind is enough in float16")
     rows = []
     for seed in range(2):
         oracle, eager, fused = results(BLOCKS[case], dtype, FROZEN[frozen], seed)

@@ -32,6 +32,11 @@ REDUCE = Config(block_m=1024, block_n=256, block_k=0, num_warps=4, num_stages=1)
 COVARIANCE = Config(block_m=16, block_n=64, block_k=0, num_warps=4, num_stages=1)
 POINTWISE = Config(block_m=64, block_n=64, block_k=0, num_warps=4, num_stages=1)
 
+# The algebra of the folded units, in exact float32: rows of the weight; blocks of B; its shift.
+FOLD = Config(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=2)
+FOLD_PRODUCT = Config(block_m=32, block_n=32, block_k=32, num_warps=4, num_stages=2)
+FOLD_SHIFT = Config(block_m=0, block_n=32, block_k=64, num_warps=4, num_stages=2)
+
 _forced: Config | None = None
 _overrides: dict[Problem, Config] = {}
 _asked: list[Problem] | None = None
