@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -15,6 +16,9 @@ from .operands import Geometry
 from .stages import Stages
 
 OLDEST_ARCHITECTURE = (8, 0)  # asynchronous copies, bfloat16 and tf32 products
+# Triton 3.6 fails an assertion where it moves a transposed operand to these GPUs' tensor memory.
+TENSOR_MEMORY_MAJORS = (10, 11)
+OLDEST_TRITON_FOR_THEM = (3, 7)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHANNEL_MULTIPLE = 16  # 32 bytes: a tile's rows start aligned, and none is cut inside a vector
 MASK_MULTIPLE = 32  # the output's mask is read and written in words
@@ -102,12 +106,19 @@ def _why_not_this_gpu(index: int) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     capability = torch.cuda.get_device_capability(index)
+    if capability[0] in TENSOR_MEMORY_MAJORS and _triton_version() < OLDEST_TRITON_FOR_THEM:
+        return "triton before 3.7 does not compile the fused kernels for this GPU"
     if capability < OLDEST_ARCHITECTURE:
         return (
             f"the fused kernels need compute capability {OLDEST_ARCHITECTURE[0]}."
             f"{OLDEST_ARCHITECTURE[1]}, got {capability[0]}.{capability[1]}"
         )
     return None
+
+
+def _triton_version() -> tuple[int, int]:
+    major, minor = version("triton").split(".")[:2]
+    return int(major), int(minor)
 
 
 def uses_gram(device: str, pixels: int, channels: int, width: int) -> bool:

@@ -170,6 +170,8 @@ def _blocks(problem: Problem, architecture: tuple[int, int]) -> Config:
         return Config(64, 64, 32, 4, 3, taps=3) if hopper else Config(64, 64, 64, 4, 3)
     if stage == "conv1x1_forward":
         return Config(128, 64, 64, 4, 3) if narrow else Config(128, 128, 64, 8, 3)
+    if stage == "tail_dgrad" and not narrow:
+        return Config(128, 128, 64, 8, 3)
     if stage == "conv2d_forward" and narrow and architecture >= HOPPER:
         return Config(128, 64, 32, 4, 4)
     return Config(64, 64, 64, 4, 3) if narrow else Config(64, 128, 64, 4, 3)
