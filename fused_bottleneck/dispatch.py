@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -117,7 +116,9 @@ def _why_not_this_gpu(index: int) -> str | None:
 
 
 def _triton_version() -> tuple[int, int]:
-    major, minor = version("triton").split(".")[:2]
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
     return int(major), int(minor)
 
 

@@ -35,7 +35,7 @@ POINTWISE = Config(block_m=64, block_n=64, block_k=0, num_warps=4, num_stages=1)
 # The algebra of the folded units, in exact float32: rows of the weight; blocks of B; its shift.
 FOLD = Config(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=2)
 FOLD_PRODUCT = Config(block_m=32, block_n=32, block_k=32, num_warps=4, num_stages=2)
-FOLD_SHIFT = Config(block_m=0, block_n=32, block_k=64, num_warps=4, num_stages=2)
+FOLD_SHIFT = Config(block_m=0, block_n=32, block_k=32, num_warps=4, num_stages=2)
 
 _forced: Config | None = None
 _overrides: dict[Problem, Config] = {}
@@ -183,7 +183,9 @@ def _float32_blocks(stage: str, architecture: tuple[int, int]) -> Config:
         return Config(32, 32, 32, 4, 3) if architecture >= BLACKWELL else Config(64, 64, 16, 8, 3)
     if stage in ("tail_wgrad", "tail_wgrad_strided"):
         return Config(64, 64, 32, 8, 3)
-    return Config(64, 64, 32, 4, 2 if stage == "input_dgrad_downsample" else 3)
+    if stage == "input_dgrad_downsample":
+        return Config(64, 64, 32, 8, 2)
+    return Config(64, 64, 32, 4, 3)
 
 
 # What tuning tries: accumulators per thread between these, as more spill and fewer leave the
