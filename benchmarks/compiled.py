@@ -182,8 +182,8 @@ def specialise(call: Call) -> Specialisation:
     )
 
 
-def _is_aligned(value: int, unspecialised: bool) -> bool:
-    return value % ALIGNMENT == 0 and not unspecialised
+def _is_aligned(value: int | float, unspecialised: bool) -> bool:
+    return isinstance(value, int) and value % ALIGNMENT == 0 and not unspecialised
 
 
 def _kind(value: Any, is_constant: bool, unspecialised: bool) -> str:
@@ -191,6 +191,8 @@ def _kind(value: Any, is_constant: bool, unspecialised: bool) -> str:
         return f"*{TYPES[value.dtype]}"
     if is_constant or value is None or (value == 1 and not unspecialised):
         return "constexpr"
+    if isinstance(value, float):
+        return "fp32"
     return "i32" if value < 2**31 else "i64"
 
 

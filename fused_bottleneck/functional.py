@@ -112,7 +112,10 @@ def _update_running(running: Tensor, value: Tensor, momentum: float | Tensor) ->
     """
     target = running if torch.compiler.is_compiling() else running.data
     weight = momentum.to(value.dtype) if isinstance(momentum, Tensor) else momentum
-    target.copy_(torch.lerp(running.to(value.dtype), value, weight))
+    if running.dtype == value.dtype:
+        target.lerp_(value, weight)
+    else:
+        target.copy_(torch.lerp(running.to(value.dtype), value, weight))
 
 
 @torch.no_grad()

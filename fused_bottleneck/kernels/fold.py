@@ -165,7 +165,7 @@ def folded_weight(weight: Tensor, gamma: Tensor | None, invstd: Tensor) -> Tenso
     return folded
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _fold_backward_kernel(
     w_ptr,
     gamma_ptr,
@@ -245,7 +245,7 @@ def _operand_product_kernel(
     tl.store(b_ptr + where, value, mask=mask_i[:, None] & mask_j[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _operand_shift_kernel(
     a_ptr,
     b_ptr,

@@ -10,7 +10,7 @@ from .config import REDUCE, blocks
 from .launch import launch
 
 
-@triton.jit(do_not_specialize=["parts", "last"])
+@triton.jit(do_not_specialize=["parts", "count", "last"])
 def _combine_moments_kernel(
     partial_ptr, mean_ptr, var_ptr, N, parts, count, last, BLOCK: tl.constexpr
 ):
