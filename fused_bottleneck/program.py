@@ -185,11 +185,11 @@ def bottleneck_backward(
             stages, units[2:], states, operands, grad, pixels(y2), needs_weight[2:]
         )
         g2, sums2 = _operand_gradient(stages, tails[0], grad, units[2].weight, act2, state2.invstd)
-        dy2 = conv_grad(units[1], y2, state2, g2, sums2)
+        dy2 = conv_grad(units[1], y2, state2, g2, sums2, act2.scale)
         geometry = units[1].geometry
         g1, sums1 = stages.conv_dgrad(dy2, units[1].weight, geometry, act1, state1.invstd)
         dw2 = _weight_grad(stages, dy2, act1, units[1], needs_weight[1])
-        dy1 = conv_grad(units[0], y1, state1, g1, sums1)
+        dy1 = conv_grad(units[0], y1, state1, g1, sums1, act1.scale)
         dw1 = _weight_grad(stages, dy1, x, units[0], needs_weight[0])
         grad_x = grad_shortcut = None
         if needs_x:
@@ -246,8 +246,9 @@ def conv_bn_relu_backward(
     y, state = saved[0], UnitState(*saved[1:])
     with stages_for(x, _convolutions([unit])) as stages:
         x = stages.channels_last(x)
-        g, sums = stages.relu_backward(grad_out, activation(y, unit, state), state.invstd)
-        dy = conv_grad(unit, y, state, g, sums)
+        act = activation(y, unit, state)
+        g, sums = stages.relu_backward(grad_out, act, state.invstd)
+        dy = conv_grad(unit, y, state, g, sums, act.scale)
         dweight = _weight_grad(stages, dy, x, unit, needs_weight)
         grad_x = None
         if needs_x:

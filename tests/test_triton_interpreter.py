@@ -259,6 +259,7 @@ def run_interpreted() -> None:
     assert result.returncode == 0, result.stdout[-10_000:] + result.stderr[-2_000:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process")
 def test_in_the_interpreter() -> None:
     run_interpreted()
