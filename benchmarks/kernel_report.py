@@ -77,8 +77,9 @@ def _values(call: Call) -> dict[str, Any]:
     return dict(zip(call.kernel.arg_names, call.arguments, strict=False)) | call.constants
 
 
-_STRIDED_OPERAND = {"tail_forward": "x_ptr", "input_dgrad": "x_ptr", "gram": "y_ptr"}
-_STRIDED_OPERAND["tail_wgrad"] = "y_ptr"
+_STRIDED_OPERAND = {"gram": "y_ptr"} | dict.fromkeys(
+    ("tail_forward", "tail_wgrad", "input_dgrad"), "x_ptr"
+)
 
 
 def moved_bytes(call: Call, name: str) -> float:
@@ -103,7 +104,7 @@ _OPERATIONS: dict[str, Callable[[dict[str, Any]], float]] = {
     "conv2d_forward": lambda v: 2 * v["Q"] * v["C"] * v["N"] * v["KH"] * v["KW"],
     "gram": lambda v: v["Q"] * v["K"] * (v["K"] + v["BLOCK"]),
     "tail_forward": lambda v: 2 * v["Q"] * v["N"] * (v["M"] + v["C"]),
-    "tail_wgrad": lambda v: 2 * v["Q"] * v["W"] * v["K"],
+    "tail_wgrad": lambda v: 2 * v["Q"] * v["W"] * (v["K"] + v["C"]),
     "tail_dgrad": lambda v: 2 * v["Q"] * v["N"] * (v["W"] + v["N"]),
     "conv2d_dgrad": lambda v: (
         2 * v["images"] * v["OH"] * v["OW"] * v["C"] * v["N"] * v["KH"] * v["KW"]

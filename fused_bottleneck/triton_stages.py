@@ -146,8 +146,10 @@ class TritonStages(Stages):
     def tail_wgrad(
         self, grad: MaskedGrad, operands: Sequence[Operand], weights: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        operands = [_affine(d) if isinstance(d, Activation) else d for d in operands]
-        return wgrad.tail_wgrad(grad, operands, self._precision)
+        act, *others = operands
+        if not isinstance(act, Activation):
+            return super().tail_wgrad(grad, operands, weights)
+        return wgrad.tail_wgrad(grad, [_affine(act), *others], self._precision)
 
     def tail_dgrad(
         self, grad: MaskedGrad, act: Activation, coefficients: OperandGrad, invstd: Tensor

@@ -116,7 +116,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 _MOST_ROWS = {
     "gram": 2048,
     "tail_wgrad": 4096,
-    "tail_wgrad_strided": 4096,
+    "tail_wgrad_downsample": 4096,
     "conv_wgrad_pointwise": 8192,
     "conv_wgrad_taps": 8192,
 }
@@ -161,9 +161,11 @@ def _blocks(problem: Problem, architecture: tuple[int, int]) -> Config:
     narrow = n <= 64
     if stage == "gram":
         return Config(64, 64, 64, 4, 3) if narrow else Config(128, 128, 32, 8, 4)
-    if stage == "tail_wgrad_strided" and architecture >= BLACKWELL and not narrow:
+    if stage in ("tail_wgrad", "tail_wgrad_downsample") and architecture >= BLACKWELL and narrow:
+        return Config(64, 64, 64, 4, 3)
+    if stage == "tail_wgrad_downsample" and architecture >= BLACKWELL:
         return Config(64, 128, 64, 4, 3)
-    if stage in ("tail_wgrad", "tail_wgrad_strided"):
+    if stage in ("tail_wgrad", "tail_wgrad_downsample"):
         return Config(128, 64, 64, 8, 3) if narrow else Config(128, 128, 32, 8, 4)
     if stage == "conv_wgrad_taps":
         hopper = architecture >= HOPPER
@@ -181,8 +183,8 @@ def _float32_blocks(stage: str, architecture: tuple[int, int]) -> Config:
     """Exact float32 products run on ordinary registers and want small blocks; tf32 shares them."""
     if stage == "gram":
         return Config(32, 32, 32, 4, 3) if architecture >= BLACKWELL else Config(64, 64, 16, 8, 3)
-    if stage in ("tail_wgrad", "tail_wgrad_strided"):
-        return Config(64, 64, 32, 8, 3)
+    if stage in ("tail_wgrad", "tail_wgrad_downsample"):
+        return Config(64, 64, 32, 8, 2)
     if stage == "input_dgrad_downsample":
         return Config(64, 64, 32, 8, 2)
     return Config(64, 64, 32, 4, 3)

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operands import Activation, ConvGrad, Geometry, MaskedGrad, pixels
+from ..operands import Activation, ConvGrad, Geometry, MaskedGrad, StridedInput, pixels
 from ..stages import Operand
 from . import config
 from .config import blocks
-from .gram import load_operand, operand_pointers, operand_shape, operand_stride
+from .gram import load_operand
 from .launch import launch
 from .prologues import (
     cdiv,
@@ -28,6 +28,31 @@ from .prologues import (
 from .reduce import products_of
 
 
+@triton.jit
+def _grad_product(
+    grad_ptr, bits_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, start, end, pid_w, pid_k,
+    W, K, OH, OW, H, W_IN, SH: tl.constexpr, SW: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A block of ``g^T D`` over the pixels start to end, and g's column sums in 16 lanes."""
+    offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    sums = tl.zeros([16, BLOCK_M], tl.float32)
+    for q in range(start, end, BLOCK_K):
+        offs_q = q + tl.arange(0, BLOCK_K)
+        mask_q = offs_q < end
+        g = load_masked_grad(
+            grad_ptr, bits_ptr, offs_q.to(tl.int64), mask_q, W, pid_w * BLOCK_M, BLOCK_K, BLOCK_M
+        )
+        sums += lane_sums(g, BLOCK_K, BLOCK_M)
+        d = load_operand(
+            y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, offs_q, mask_q, offs_k, K,
+            OH, OW, H, W_IN, SH, SW,
+        )  # fmt: skip
+        acc = tl.dot(tl.trans(g), d, acc, input_precision=INPUT_PRECISION)
+    return acc, sums
+
+
 @triton.jit(do_not_specialize=["Q", "OH", "OW", "H", "W_IN", "ROWS"])
 def _tail_wgrad_kernel(
     grad_ptr,
@@ -37,10 +62,13 @@ def _tail_wgrad_kernel(
     scale_ptr,
     beta_ptr,
     centre_ptr,
+    x_ptr,
+    x_centre_ptr,
     partial_ptr,
     Q,
     W,
     K,
+    C,
     OH,
     OW,
     H,
@@ -53,69 +81,80 @@ def _tail_wgrad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """B1: ``S = g^T D`` and the column sums of g over ROWS pixels.
+    """B1: ``S = g^T D`` and the column sums of g over ROWS pixels; of D_x too (x_ptr not None).
 
-    g ``[Q, W]``, D ``[Q, K]``; partial ``[parts, W (K + 1)]``: S, then the sums. A program owns a
-    block of S and one part; those of the first columns own the sums. Bytes: g, its bits and D,
-    and 4 W K per part; FLOPs: 2 Q W K.
+    g ``[Q, W]``, D ``[Q, K]``, D_x ``[Q, C]``; partial ``[parts, W (K + C + 1)]``: S, S_x, sums. A
+    program owns a block of S or of S_x and one part; those of S's first columns own the sums. The
+    programs of one part are neighbours, so that g comes from L2 for all but the first. Bytes: g,
+    its bits, D and D_x, and 4 W (K + C) per part; FLOPs: 2 Q W (K + C).
     """
     pid = tl.program_id(0)
-    pid_k = pid % cdiv(K, BLOCK_N)
-    pid_w = pid // cdiv(K, BLOCK_N) % cdiv(W, BLOCK_M)
-    part = pid // (cdiv(K, BLOCK_N) * cdiv(W, BLOCK_M))
+    blocks_k = cdiv(K, BLOCK_N)
+    columns = blocks_k + cdiv(C, BLOCK_N)
+    pid_k = pid % columns
+    pid_w = pid // columns % cdiv(W, BLOCK_M)
+    part = pid // (columns * cdiv(W, BLOCK_M))
+    start, end = part * ROWS, tl.minimum(Q, (part + 1) * ROWS)
     offs_w = pid_w * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    sums = tl.zeros([16, BLOCK_M], tl.float32)
-    end = tl.minimum(Q, (part + 1) * ROWS)
-    for start in range(part * ROWS, end, BLOCK_K):
-        offs_q = start + tl.arange(0, BLOCK_K)
-        mask_q = offs_q < end
-        g = load_masked_grad(
-            grad_ptr, bits_ptr, offs_q.to(tl.int64), mask_q, W, pid_w * BLOCK_M, BLOCK_K, BLOCK_M
-        )
-        sums += lane_sums(g, BLOCK_K, BLOCK_M)
-        d = load_operand(
-            y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, offs_q, mask_q, offs_k, K,
-            OH, OW, H, W_IN, SH, SW,
-        )  # fmt: skip
-        acc = tl.dot(tl.trans(g), d, acc, input_precision=INPUT_PRECISION)
-    partial_ptr += part.to(tl.int64) * W * (K + 1)
     mask_w = offs_w < W
-    where = offs_w[:, None] * K + offs_k[None, :]
-    tl.store(partial_ptr + where, acc, mask=mask_w[:, None] & (offs_k < K)[None, :])
-    if pid_k == 0:
-        tl.store(partial_ptr + W * K + offs_w, tl.sum(sums, 0), mask=mask_w)
+    partial_ptr += part.to(tl.int64) * W * (K + C + 1)
+    if pid_k < blocks_k:
+        acc, sums = _grad_product(
+            grad_ptr, bits_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, start, end,
+            pid_w, pid_k, W, K, OH, OW, OH, OW, 1, 1, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
+        where = offs_w[:, None] * K + offs_k[None, :]
+        tl.store(partial_ptr + where, acc, mask=mask_w[:, None] & (offs_k < K)[None, :])
+        if pid_k == 0:
+            tl.store(partial_ptr + W * (K + C) + offs_w, tl.sum(sums, 0), mask=mask_w)
+    elif x_ptr is not None:
+        acc, sums = _grad_product(
+            grad_ptr, bits_ptr, x_ptr, None, None, None, x_centre_ptr, start, end, pid_w,
+            pid_k - blocks_k, W, C, OH, OW, H, W_IN, SH, SW, INPUT_PRECISION, BLOCK_M, BLOCK_N,
+            BLOCK_K,
+        )  # fmt: skip
+        offs_c = (pid_k - blocks_k) * BLOCK_N + tl.arange(0, BLOCK_N)
+        where = W * K + offs_w[:, None] * C + offs_c[None, :]
+        tl.store(partial_ptr + where, acc, mask=mask_w[:, None] & (offs_c < C)[None, :])
 
 
 def tail_wgrad(
     grad: MaskedGrad, operands: Sequence[Operand], precision: str
 ) -> tuple[Tensor, list[Tensor]]:
-    """B1: column sums of g ``[W]``, and ``S = g^T D`` ``[W, K]`` for each operand; float32."""
-    results = [_tail_wgrad(grad, operand, precision) for operand in operands]
-    return results[0][0], [product for _, product in results]
+    """B1: column sums of g ``[W]``, and ``S = g^T D`` ``[W, K]`` for each operand; float32.
 
-
-def _tail_wgrad(grad: MaskedGrad, operand: Operand, precision: str) -> tuple[Tensor, Tensor]:
-    rows, wide = pixels(grad.grad_out), grad.grad_out.shape[1]
-    _, channels, *image = operand_shape(operand)
-    stage = "tail_wgrad" if isinstance(operand, Activation) else "tail_wgrad_strided"
-    cfg = config.choose(stage, wide, channels, rows, grad.grad_out)
-    parts = blocks(rows, cfg.rows)
-    size = wide * (channels + 1)
+    operands: conv3's, then the downsample's if there is one.
+    """
+    act, *others = operands
+    assert isinstance(act, Activation)
+    x_s = others[0] if others else None
+    assert x_s is None or isinstance(x_s, StridedInput)
+    rows, wide, channels = pixels(grad.grad_out), grad.grad_out.shape[1], act.y.shape[1]
+    x_channels = 0 if x_s is None else x_s.x.shape[1]
+    columns, widest = channels + x_channels, max(channels, x_channels)
+    stage = "tail_wgrad" if x_s is None else "tail_wgrad_downsample"
+    cfg = config.choose(stage, wide, widest, rows, grad.grad_out)
+    parts, size = blocks(rows, cfg.rows), wide * (columns + 1)
     device = grad.grad_out.device
     partial = torch.empty((parts, size), dtype=torch.float32, device=device)
-    stride = operand_stride(operand)
+    tiles = blocks(channels, cfg.block_n) + blocks(x_channels, cfg.block_n)
+    stride = (1, 1) if x_s is None else x_s.stride
+    image = act.y.shape[2:] if x_s is None else x_s.x.shape[2:]
     launch(
         _tail_wgrad_kernel,
-        (blocks(wide, cfg.block_m) * blocks(channels, cfg.block_n) * parts,),
+        (blocks(wide, cfg.block_m) * tiles * parts,),
         grad.grad_out,
         grad.mask.view(torch.int32),
-        *operand_pointers(operand),
+        *act,
+        None if x_s is None else x_s.x,
+        None if x_s is None else x_s.centre,
         partial,
         rows,
         wide,
         channels,
+        x_channels,
+        *act.y.shape[2:],
         *image,
         cfg.rows,
         SH=stride[0],
@@ -127,7 +166,9 @@ def _tail_wgrad(grad: MaskedGrad, operand: Operand, precision: str) -> tuple[Ten
         config=cfg,
     )
     total = products_of(partial, torch.empty(size, dtype=torch.float32, device=device))
-    return total[wide * channels :], total[: wide * channels].view(wide, channels)
+    s, s_x, sum_g = total.split([wide * channels, wide * x_channels, wide])
+    products = [s.view(wide, channels), s_x.view(wide, x_channels)]
+    return sum_g, products[: len(operands)]
 
 
 @triton.jit(do_not_specialize=["Q", "H", "W", "OH", "OW", "ROWS"])
