@@ -11,7 +11,7 @@ sources := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu cs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help check venv build demo test test-fast bench report lint format clean
+.PHONY: help check venv build demo test test-fast test-gpu sanitize kernel-report bench report lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,18 @@ test: build ## run every test (at most 10 minutes)
 
 test-fast: build ## run the tests that are not slow (about 90 seconds)
 	$(python) -m pytest -m "not slow"
+
+test-gpu: build ## run the tests that need a CUDA device
+	$(python) -m pytest -m gpu tests/test_cuda.py
+
+sanitize: build ## run every kernel under compute-sanitizer (needs a GPU and the CUDA toolkit)
+	compute-sanitizer --tool memcheck --error-exitcode 1 \
+	  $(python) -m pytest -x tests/test_cuda.py -k "test_stage and narrow"
+	compute-sanitizer --tool racecheck --error-exitcode 1 \
+	  $(python) -m pytest -x tests/test_cuda.py -k "test_stage and narrow"
+
+kernel-report: venv ## what the compiler makes of the kernels, and their floors; needs no GPU
+	$(python) -m benchmarks.kernel_report
 
 bench: build ## measure the block against the reference; write benchmarks/results/
 	$(python) -m benchmarks.bench_block

@@ -6,6 +6,7 @@ from .conv_bn_relu import FusedConvBNReLU
 from .functional import BatchNorm, Conv, bottleneck, conv_bn_relu
 from .reference import Bottleneck, ConvBNReLU
 from .scratch import release as release_scratch
+from .tuning import BlockShape, tune
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,7 @@ extension.load()  # a few ms; before torch.compile could trace it
 
 __all__ = [
     "BatchNorm",
+    "BlockShape",
     "Bottleneck",
     "Conv",
     "ConvBNReLU",
@@ -23,4 +25,5 @@ __all__ = [
     "conv_bn_relu",
     "extension_loaded",
     "release_scratch",
+    "tune",
 ]

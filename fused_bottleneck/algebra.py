@@ -17,6 +17,7 @@ statistics (eval mode, frozen) it uses given ones, and the terms that come from 
 statistics vanish.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -67,12 +68,15 @@ def bn_backward_coefficients(
 # A 1x1 convolution followed by a normalisation, folded into one product (conv3+bn3, downsample).
 
 
-def folded_variance(weight: Tensor, cov: Tensor) -> Tensor:
+MatrixProduct = Callable[[Tensor, Tensor], Tensor]
+
+
+def folded_variance(weight: Tensor, cov: Tensor, product: MatrixProduct = torch.matmul) -> Tensor:
     """Variance of ``D weight^T`` per output channel: ``rowsum((weight cov) * weight)``, ``[W]``.
 
     Clamped at zero: a rank-deficient covariance can round to slightly below it.
     """
-    return ((weight @ cov) * weight).sum(1).clamp_min_(0)
+    return (product(weight, cov) * weight).sum(1).clamp_min_(0)
 
 
 def folded_offset(
@@ -141,6 +145,7 @@ def folded_dweight(
     s: Tensor,
     sum_g: Tensor,
     dgamma: Tensor,
+    product: MatrixProduct = torch.matmul,
 ) -> Tensor:
     """Gradient of the convolution's weight, ``[W, K]``.
 
@@ -151,7 +156,7 @@ def folded_dweight(
         grad = torch.addr(s, sum_g, centre)
     else:
         grad = torch.addr(s, sum_g, mean_d, alpha=-1)
-        grad.sub_((dgamma * invstd)[:, None] * (weight @ cov))
+        grad.sub_((dgamma * invstd)[:, None] * product(weight, cov))
     return grad.mul_(scale[:, None])
 
 
@@ -172,6 +177,7 @@ def folded_operand_grad(
     sum_g: Tensor,
     dgamma: Tensor,
     count: int,
+    product: MatrixProduct = torch.matmul,
 ) -> OperandGrad:
     """Gradient of the operand as one product over ``[g | D]``.
 
@@ -183,6 +189,6 @@ def folded_operand_grad(
     if mean_d is None:
         return OperandGrad(a, None, None)
     k = scale * invstd * dgamma / count
-    b = (-(weight.t() @ (k[:, None] * weight))).to(a.dtype)
+    b = product(weight.t(), -k[:, None] * weight).to(a.dtype)
     shift = -((sum_g / count) @ a.to(weight.dtype)) - mean_d @ b.to(weight.dtype)
     return OperandGrad(a, b, shift)

@@ -44,16 +44,14 @@ class FusedBottleneck(Bottleneck):
         reason = self._module_reason(x)
         if reason is not None:
             return reason
-        x, units = functional.autocast(x, self._units())
-        problem = self._problem(x, units)
-        return None if problem is None else str(problem)
+        return self._input_reason(*functional.autocast(x, self._units()))
 
     @torch.jit.unused
     def _forward(self, x: Tensor) -> Tensor:
         if self._module_reason(x) is not None:
             return self.composed(x)
         cast, units = functional.autocast(x, self._units())
-        if self._problem(cast, units) is not None:
+        if self._input_reason(cast, units) is not None:
             return self.composed(x)
         shortcut = None
         downsample = self._called_downsample()
@@ -78,11 +76,11 @@ class FusedBottleneck(Bottleneck):
     def _units(self) -> list[Unit]:
         return [(conv_arguments(conv), batch_norm_arguments(bn)) for conv, bn in self._pairs()]
 
-    def _problem(self, x: Tensor, units: list[Unit]) -> checks.Problem:
+    def _input_reason(self, x: Tensor, units: list[Unit]) -> str | None:
         problem = checks.bottleneck(x, units)
         if problem is None and self._called_downsample() is None:
             problem = checks.residual(x, units, None)
-        return problem
+        return str(problem) if problem is not None else functional.why_no_kernels(x, units)
 
     def _module_reason(self, x: Tensor) -> str | None:
         return checks.environment(x) or checks.children(

@@ -233,7 +233,7 @@ def environment(x: Any) -> str | None:
         return "torch.export captures the composed graph"
     if not _plain_tensor(x):
         return f"x is a {type(x).__name__}, not a plain torch.Tensor"
-    if x.device.type != "cpu":
+    if x.device.type not in ("cpu", "cuda"):
         return f"there are no fused kernels for {x.device.type} yet"
     if torch.compiler.is_compiling():
         return None

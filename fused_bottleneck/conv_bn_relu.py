@@ -34,21 +34,23 @@ class FusedConvBNReLU(ConvBNReLU):
         reason = self._module_reason(x)
         if reason is not None:
             return reason
-        x, units = functional.autocast(x, [self._unit()])
-        problem = checks.conv_bn_relu(x, units[0])
-        return None if problem is None else str(problem)
+        return self._input_reason(*functional.autocast(x, [self._unit()]))
 
     @torch.jit.unused
     def _forward(self, x: Tensor) -> Tensor:
         if self._module_reason(x) is not None:
             return self.composed(x)
         cast, units = functional.autocast(x, [self._unit()])
-        if checks.conv_bn_relu(cast, units[0]) is not None:
+        if self._input_reason(cast, units) is not None:
             return self.composed(x)
         return functional.run_conv_bn_relu(cast, units[0])
 
     def _unit(self) -> Unit:
         return conv_arguments(self.conv), batch_norm_arguments(self.bn)
+
+    def _input_reason(self, x: Tensor, units: list[Unit]) -> str | None:
+        problem = checks.conv_bn_relu(x, units[0])
+        return str(problem) if problem is not None else functional.why_no_kernels(x, units)
 
     def _module_reason(self, x: Tensor) -> str | None:
         return checks.environment(x) or checks.children(

@@ -33,6 +33,7 @@ from .stages import ConvTerm, FoldedTerm, GradSums, InputTerm, Moments, Operand
 _passes = torch.ops.fused_bottleneck
 
 CHANNEL_MULTIPLE = 16
+_LARGE_MATRIX = 2**16  # elements
 
 
 def _fits(*channels: int) -> bool:
@@ -73,6 +74,21 @@ class CpuProductStages(CpuStages):
         if self._lent.numel() < size:
             self._lent = self._lease.take_bytes(size)
         return self._lent
+
+    def _matrix_product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Where it is large enough for this library's products: twice as fast as a BLAS here."""
+        small = a.numel() < _LARGE_MATRIX or not _fits(*a.shape, b.shape[1])
+        if small or not b.is_contiguous():
+            return super()._matrix_product(a, b)
+        if a.is_contiguous():
+            size = _passes.product_workspace(a.shape[0], a.shape[1], b.shape[1])
+            out = torch.empty(a.shape[0], b.shape[1])
+            _passes.product_(a, b, out, self._lend(size))
+            return out
+        if a.t().is_contiguous():
+            size = _passes.product_workspace(a.shape[1], a.shape[0], b.shape[1])
+            return _passes.transposed_product(a.t(), b, self._lend(size))
+        return super()._matrix_product(a, b)
 
     def _seen(self, source: Tensor | Activation, geometry: Geometry) -> Tensor:
         """The pixels that a 1x1 convolution sees, in channels_last memory."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, dispatch
 from .autograd import BottleneckFunction, ConvBNReLUFunction, Observer, Plan
 from .operands import Geometry, Pair
 
@@ -112,7 +112,10 @@ def _update_running(running: Tensor, value: Tensor, momentum: float | Tensor) ->
     """
     target = running if torch.compiler.is_compiling() else running.data
     weight = momentum.to(value.dtype) if isinstance(momentum, Tensor) else momentum
-    target.copy_(torch.lerp(running.to(value.dtype), value, weight))
+    if running.dtype == value.dtype:
+        target.lerp_(value, weight)
+    else:
+        target.copy_(torch.lerp(running.to(value.dtype), value, weight))
 
 
 @torch.no_grad()
@@ -198,6 +201,11 @@ def bottleneck(
     shortcut = autocast_shortcut(shortcut, x)
     checks.raise_if(checks.bottleneck(x, units) or checks.residual(x, units, shortcut))
     return run_bottleneck(x, units, shortcut)
+
+
+def why_no_kernels(x: Tensor, units: Sequence[Unit]) -> str | None:
+    """Why there are no fused kernels for arguments that are right, in one sentence."""
+    return dispatch.why_no_kernels(x, [(conv.weight, conv.geometry()) for conv, _ in units])
 
 
 def run_bottleneck(x: Tensor, units: Sequence[Unit], shortcut: Tensor | None) -> Tensor:

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from . import algebra, tail
 from .dispatch import stages_for
-from .operands import POINTWISE, Activation, ConvGrad, MaskedGrad, StridedInput, pixels, strided
+from .operands import (
+    POINTWISE,
+    Activation,
+    ConvGrad,
+    Geometry,
+    MaskedGrad,
+    StridedInput,
+    pixels,
+    strided,
+)
 from .stages import ConvTerm, GradSums, InputTerm, Operand, Stages
 from .tail import TailBackward, TailState
 from .units import Unit, UnitGrads, UnitState, activation, conv_grad, unit_grads, unit_state
@@ -31,6 +40,10 @@ def _conv_unit(
         return y, unit_state(unit, unit.fixed_moments()), []
     y, moments = stages.conv_forward(source, unit.weight, unit.geometry)
     return y, unit_state(unit, moments), unit.reported(moments)
+
+
+def _convolutions(units: Sequence[Unit]) -> list[tuple[Tensor, Geometry]]:
+    return [(unit.weight, unit.geometry) for unit in units]
 
 
 def _tail_operand(stages: Stages, act: Activation, unit2: Unit, unit3: Unit) -> Activation:
@@ -67,7 +80,7 @@ def bottleneck_forward(
         out ``[N, 4M, H', W']``; what backward needs: ``[y1, y2, mask, *states]``; the batch mean
         and variance of every normalisation that uses them, in the order of the units.
     """
-    with stages_for(x) as stages:
+    with stages_for(x, _convolutions(units)) as stages:
         x = stages.channels_last(x)
         y1, state1, reported1 = _conv_unit(stages, x, units[0])
         act1 = activation(y1, units[0], state1)
@@ -104,10 +117,10 @@ def _tails_backward(
     folded = [i for i, (unit, state) in enumerate(pairs) if state.cov is not None or not unit.batch]
     results: dict[int, TailBackward] = {}
     if folded:
-        weights = [tail.operand_weight(units[i], states[i]) for i in folded]
+        weights = [tail.operand_weight(units[i], stages, states[i]) for i in folded]
         sum_g, products = stages.tail_wgrad(grad, [operands[i] for i in folded], weights)
         for i, a, s in zip(folded, weights, products, strict=True):
-            results[i] = tail.folded_backward(units[i], states[i], a, s, sum_g, count)
+            results[i] = tail.folded_backward(units[i], stages, states[i], a, s, sum_g, count)
     for i, unit in enumerate(units):
         if i not in results:
             results[i] = tail.product_backward(
@@ -168,7 +181,7 @@ def bottleneck_backward(
     tail_weights = [unit.weight for unit in units[2:]]
     tail_batch = [unit.batch for unit in units[2:]]
     states = tail.unpack_states(tail_weights, tail_batch, pixels(y2), saved[_NARROW_TENSORS:])
-    with stages_for(x) as stages:
+    with stages_for(x, _convolutions(units)) as stages:
         x = stages.channels_last(x)
         grad = MaskedGrad(stages.channels_last(grad_out), mask)
         act1 = activation(y1, units[0], state1)
@@ -180,11 +193,11 @@ def bottleneck_backward(
             stages, units[2:], states, operands, grad, pixels(y2), needs_weight[2:]
         )
         g2, sums2 = _operand_gradient(stages, tails[0], grad, units[2].weight, act2, state2.invstd)
-        dy2 = conv_grad(units[1], y2, state2, g2, sums2)
+        dy2 = conv_grad(units[1], y2, state2, g2, sums2, act2.scale)
         geometry = units[1].geometry
         g1, sums1 = stages.conv_dgrad(dy2, units[1].weight, geometry, act1, state1.invstd)
         dw2 = _weight_grad(stages, dy2, act1, units[1], needs_weight[1])
-        dy1 = conv_grad(units[0], y1, state1, g1, sums1)
+        dy1 = conv_grad(units[0], y1, state1, g1, sums1, act1.scale)
         dw1 = _weight_grad(stages, dy1, x, units[0], needs_weight[0])
         grad_x = grad_shortcut = None
         if needs_x:
@@ -221,7 +234,7 @@ def conv_bn_relu_forward(
     x: Tensor, unit: Unit, channels_last: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Forward of ``relu(bn(conv(x)))``: out, ``[y, mean, invstd]``, and the batch statistics."""
-    with stages_for(x) as stages:
+    with stages_for(x, _convolutions([unit])) as stages:
         y, state, reported = _conv_unit(stages, stages.channels_last(x), unit)
         out = stages.activation(activation(y, unit, state), channels_last)
     return out, [y, *state], reported
@@ -238,10 +251,11 @@ def conv_bn_relu_backward(
 ) -> tuple[Tensor | None, UnitGrads]:
     """Backward of ``relu(bn(conv(x)))``: gradients of x and of the unit's parameters."""
     y, state = saved[0], UnitState(*saved[1:])
-    with stages_for(x) as stages:
+    with stages_for(x, _convolutions([unit])) as stages:
         x = stages.channels_last(x)
-        g, sums = stages.relu_backward(grad_out, activation(y, unit, state), state.invstd)
-        dy = conv_grad(unit, y, state, g, sums)
+        act = activation(y, unit, state)
+        g, sums = stages.relu_backward(grad_out, act, state.invstd)
+        dy = conv_grad(unit, y, state, g, sums, act.scale)
         dweight = _weight_grad(stages, dy, x, unit, needs_weight)
         grad_x = None
         if needs_x:

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import algebra
 from .algebra import Folded, OperandGrad, accumulation_dtype
 from .operands import (
     POINTWISE,
@@ -63,6 +64,25 @@ class FoldedTerm(NamedTuple):
 
     operand: Operand
     folded: Folded
+
+
+class FoldForward(NamedTuple):
+    """A normalisation with batch statistics folded into the convolution before it: the folded
+    convolution, the moments of its output, invstd and offset ``[W]``."""
+
+    folded: Folded
+    moments: Moments
+    invstd: Tensor
+    offset: Tensor
+
+
+class FoldBackward(NamedTuple):
+    """The gradients of gamma ``[W]`` and of the weight ``[W, K]`` of a folded unit, and the
+    coefficients of its operand's gradient."""
+
+    dgamma: Tensor
+    dweight: Tensor
+    coefficients: OperandGrad
 
 
 class InputTerm(NamedTuple):
@@ -208,6 +228,10 @@ class Stages:
         var, mean = torch.var_mean(matrix(y).to(accumulation_dtype(y.dtype)), 0, correction=0)
         return Moments(mean, var)
 
+    def _matrix_product(self, a: Tensor, b: Tensor) -> Tensor:
+        """``a b`` of coefficient matrices."""
+        return a @ b
+
     # Forward.
 
     def channels_last(self, t: Tensor) -> Tensor:
@@ -255,6 +279,26 @@ class Stages:
         mean = d.mean(0)
         return mean, covariance(second_moment(d), mean)
 
+    def fold(
+        self,
+        weight: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        eps: float,
+        centre: Tensor,
+        mean_d: Tensor,
+        cov: Tensor,
+    ) -> FoldForward:
+        """F3 to F4: fold a normalisation with batch statistics into a weight ``[W, K, 1, 1]``."""
+        matrix_w = weight.flatten(1).to(mean_d.dtype)
+        mean = matrix_w @ (mean_d + centre)
+        moments = Moments(mean, algebra.folded_variance(matrix_w, cov, self._matrix_product))
+        offset = algebra.folded_offset(matrix_w, centre, mean_d, mean)
+        invstd = algebra.inverse_std(moments.var, eps)
+        scale = algebra.bn_scale(gamma, invstd)
+        folded = algebra.fold(matrix_w, scale, offset, beta, mean_d, weight.dtype)
+        return FoldForward(folded, moments, invstd, offset)
+
     def tail_forward(
         self, terms: Sequence[FoldedTerm], residuals: Sequence[Tensor], channels_last: bool
     ) -> tuple[Tensor, Tensor]:
@@ -276,6 +320,37 @@ class Stages:
         return torch.relu(value).to(dtype).contiguous(memory_format=layout), mask
 
     # Backward.
+
+    def folded_weight(self, weight: Tensor, gamma: Tensor | None, invstd: Tensor) -> Tensor:
+        """The coefficient a of the operand's gradient: ``round(gamma invstd W)`` ``[W, K]``."""
+        matrix_w = weight.flatten(1).to(invstd.dtype)
+        return algebra.folded_weight(matrix_w, algebra.bn_scale(gamma, invstd), weight.dtype)
+
+    def fold_backward(
+        self,
+        weight: Tensor,
+        gamma: Tensor | None,
+        invstd: Tensor,
+        offset: Tensor,
+        centre: Tensor,
+        mean_d: Tensor | None,
+        cov: Tensor | None,
+        a: Tensor,
+        s: Tensor,
+        sum_g: Tensor,
+        count: int,
+    ) -> FoldBackward:
+        """B1 to B2: from ``S = g^T D`` and sum_g over count pixels; cov None: fixed statistics."""
+        matrix_w = weight.flatten(1).to(invstd.dtype)
+        scale = algebra.bn_scale(gamma, invstd)
+        dgamma = algebra.folded_dgamma(matrix_w, invstd, offset, s, sum_g)
+        dweight = algebra.folded_dweight(
+            matrix_w, scale, invstd, centre, mean_d, cov, s, sum_g, dgamma, self._matrix_product
+        )
+        coefficients = algebra.folded_operand_grad(
+            matrix_w, a, scale, invstd, mean_d, sum_g, dgamma, count, self._matrix_product
+        )
+        return FoldBackward(dgamma, dweight, coefficients)
 
     def tail_wgrad(
         self, grad: MaskedGrad, operands: Sequence[Operand], weights: Sequence[Tensor]

@@ -8,13 +8,14 @@ conv3+bn3 and the downsample are such units. Two exact ways:
 * *product*: the output is computed into scratch, normalised from there and computed again in
   backward. Costs ``Q K W`` more, and passes over the wide scratch.
 
-``dispatch.uses_gram`` chooses. Fixed statistics need neither: they fold without a covariance.
+``rules.uses_gram`` chooses. Fixed statistics need neither: they fold without a covariance.
 """
 
 from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import algebra
@@ -87,20 +88,27 @@ def forward(unit: Unit, stages: Stages, operand: Operand, pixels: int) -> TailFo
 
 
 def _folded_forward(unit: Unit, stages: Stages, operand: Operand) -> TailForward:
-    weight = unit.matrix()
     centre = operand.centre
     assert centre is not None
-    mean_d = cov = None
     if unit.batch:
         mean_d, cov = stages.gram(operand)
-        moments = Moments(weight @ (mean_d + centre), algebra.folded_variance(weight, cov))
+        folded, moments, invstd, offset = stages.fold(
+            unit.weight, unit.gamma, unit.beta, unit.eps, centre, mean_d, cov
+        )
+        state = TailState(centre, invstd, offset, mean_d, cov)
     else:
         moments = unit.fixed_moments()
-    offset = algebra.folded_offset(weight, centre, mean_d, moments.mean)
-    invstd = algebra.inverse_std(moments.var, unit.eps)
-    folded = algebra.fold(weight, unit.scale(invstd), offset, unit.beta, mean_d, unit.weight.dtype)
-    state = TailState(centre, invstd, offset, mean_d, cov)
+        folded, state = _fold_fixed(unit, centre, moments)
     return TailForward(FoldedTerm(operand, folded), None, state, unit.reported(moments))
+
+
+def _fold_fixed(unit: Unit, centre: Tensor, moments: Moments) -> tuple[algebra.Folded, TailState]:
+    """The folded convolution and the state of a unit with fixed statistics."""
+    weight = unit.matrix()
+    offset = algebra.folded_offset(weight, centre, None, moments.mean)
+    invstd = algebra.inverse_std(moments.var, unit.eps)
+    folded = algebra.fold(weight, unit.scale(invstd), offset, unit.beta, None, unit.weight.dtype)
+    return folded, TailState(centre, invstd, offset)
 
 
 def _product_forward(unit: Unit, stages: Stages, operand: Operand) -> TailForward:
@@ -117,27 +125,21 @@ def _product_forward(unit: Unit, stages: Stages, operand: Operand) -> TailForwar
     return TailForward(None, added, state, unit.reported(moments))
 
 
-def operand_weight(unit: Unit, state: TailState) -> Tensor:
+def operand_weight(unit: Unit, stages: Stages, state: TailState) -> Tensor:
     """The coefficient a of the operand's gradient in the folded way: the folded weight."""
-    return algebra.folded_weight(unit.matrix(), unit.scale(state.invstd), unit.weight.dtype)
+    return stages.folded_weight(unit.weight, unit.gamma, state.invstd)
 
 
 def folded_backward(
-    unit: Unit, state: TailState, a: Tensor, s: Tensor, sum_g: Tensor, count: int
+    unit: Unit, stages: Stages, state: TailState, a: Tensor, s: Tensor, sum_g: Tensor, count: int
 ) -> TailBackward:
     """Parameter gradients and operand-gradient coefficients from ``S = g^T D`` and sum_g."""
-    weight = unit.matrix()
-    scale = unit.scale(state.invstd)
-    mean_d, cov = state.mean_d, state.cov
-    dgamma = algebra.folded_dgamma(weight, state.invstd, state.offset, s, sum_g)
-    dweight = algebra.folded_dweight(
-        weight, scale, state.invstd, state.centre, mean_d, cov, s, sum_g, dgamma
+    centre, invstd, offset, mean_d, cov = state
+    dgamma, dweight, coefficients = stages.fold_backward(
+        unit.weight, unit.gamma, invstd, offset, centre, mean_d, cov, a, s, sum_g, count
     )
-    coefficients = algebra.folded_operand_grad(
-        weight, a, scale, state.invstd, mean_d, sum_g, dgamma, count
-    )
-    grads = UnitGrads(dweight, bias_grad(unit, scale, sum_g), dgamma, sum_g)
-    return TailBackward(grads, coefficients, None)
+    dbias = torch.zeros_like(sum_g) if unit.batch else bias_grad(unit, unit.scale(invstd), sum_g)
+    return TailBackward(UnitGrads(dweight, dbias, dgamma, sum_g), coefficients, None)
 
 
 def product_backward(

@@ -85,10 +85,21 @@ def activation(y: Tensor, unit: Unit, state: UnitState) -> Activation:
     return Activation(y, state.mean, unit.scale(state.invstd), beta)
 
 
-def conv_grad(unit: Unit, y: Tensor, state: UnitState, g: Tensor, sums: GradSums) -> ConvGrad:
-    """The gradient of the convolution's output y, as an operand, from that of BN's output."""
+def conv_grad(
+    unit: Unit,
+    y: Tensor,
+    state: UnitState,
+    g: Tensor,
+    sums: GradSums,
+    scale: Tensor | None = None,
+) -> ConvGrad:
+    """The gradient of the convolution's output y, as an operand, from that of BN's output.
+
+    scale: the unit's, if it is known already.
+    """
+    scale = unit.scale(state.invstd) if scale is None else scale
     bn = algebra.bn_backward_coefficients(
-        unit.scale(state.invstd), state.invstd, sums.g, sums.g_xhat, pixels(y), unit.batch
+        scale, state.invstd, sums.g, sums.g_xhat, pixels(y), unit.batch
     )
     return ConvGrad(g, y, state.mean, *bn)
 

@@ -46,7 +46,11 @@ class Data:
         self.generator = torch.Generator().manual_seed(4)
 
     def image(self, channels: int, size: int) -> Tensor:
-        t = torch.randn(N, channels, size, size, generator=self.generator, dtype=torch.float64)
+        return self.rectangle(channels, size, size)
+
+    def rectangle(self, channels: int, height: int, width: int) -> Tensor:
+        shape = (N, channels, height, width)
+        t = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         return channels_last(t.to(self.dtype))
 
     def vector(self, channels: int) -> Tensor:

@@ -1,0 +1,223 @@
+"""Block sizes: an analytical default for each stage and shape, and what tuning may try instead.
+
+A stage's product is ``[m, k] x [k, n]``. Which configuration it gets: the tuned one of this GPU and
+shape if there is one (tuned.py), else the default, which knows no GPU and compiles without spills
+for sm_80, sm_90 and sm_100 (tests/test_triton_compile.py).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from .tuned import Config, Problem, table
+
+HOPPER, BLACKWELL = (9, 0), (10, 0)
+# Shared memory of a program: what every GPU since sm_80 has (sm_86, 89 and 120 have no more).
+SHARED_MEMORY = 101_376
+
+
+def blocks(size: int, block: int) -> int:
+    """How many blocks cover size."""
+    return -(-size // block)
+
+
+# The reduce kernels: parts per step of a channel (block_m), elements of a product (block_n).
+REDUCE = Config(block_m=1024, block_n=256, block_k=0, num_warps=4, num_stages=1)
+# The covariance of the combined parts; the elementwise kernels.
+COVARIANCE = Config(block_m=16, block_n=64, block_k=0, num_warps=4, num_stages=1)
+POINTWISE = Config(block_m=64, block_n=64, block_k=0, num_warps=4, num_stages=1)
+
+# The algebra of the folded units, in exact float32: rows of the weight; blocks of B; its shift.
+FOLD = Config(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=2)
+FOLD_PRODUCT = Config(block_m=32, block_n=32, block_k=32, num_warps=4, num_stages=2)
+FOLD_SHIFT = Config(block_m=0, block_n=32, block_k=32, num_warps=4, num_stages=2)
+
+_forced: Config | None = None
+_overrides: dict[Problem, Config] = {}
+_asked: list[Problem] | None = None
+
+
+@contextmanager
+def forced(config: Config) -> Iterator[None]:
+    """Every stage with this configuration, whatever its sizes: for tests."""
+    global _forced
+    previous, _forced = _forced, config
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+@contextmanager
+def overridden(problem: Problem, config: Config) -> Iterator[None]:
+    """This configuration for one problem: for tuning."""
+    _overrides[problem] = config
+    try:
+        yield
+    finally:
+        del _overrides[problem]
+
+
+@contextmanager
+def asked() -> Iterator[list[Problem]]:
+    """List the problems that configurations are asked for inside."""
+    global _asked
+    previous, _asked = _asked, []
+    try:
+        yield _asked
+    finally:
+        _asked = previous
+
+
+def choose(stage: str, m: int, n: int, k: int, like: Tensor) -> Config:
+    """The configuration of a stage for its product's sizes, on like's device in its dtype."""
+    if _forced is not None:
+        return _forced
+    problem = Problem(stage, m, n, k, like.dtype)
+    if _asked is not None:
+        _asked.append(problem)
+    if problem in _overrides:
+        return _overrides[problem]
+    tuned = table(like.device).get(problem) if like.device.type == "cuda" else None
+    return tuned or default(problem, _architecture(like.device))
+
+
+_assumed = HOPPER
+
+
+@contextmanager
+def assumed_architecture(capability: tuple[int, int]) -> Iterator[None]:
+    """The architecture of tensors that are on no GPU: of kernels interpreted, or listed."""
+    global _assumed
+    previous, _assumed = _assumed, capability
+    try:
+        yield
+    finally:
+        _assumed = previous
+
+
+def _architecture(device: torch.device) -> tuple[int, int]:
+    return _capability(device) if device.type == "cuda" else _assumed
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+# Pixels of one partial result, at most: float32 accumulates over them, and the partials are added
+# in float64. A covariance feeds a variance that may be small against it, so that its are shorter;
+# where a partial is large (many channels) it must not be written too often.
+_MOST_ROWS = {
+    "gram": 2048,
+    "tail_wgrad": 4096,
+    "tail_wgrad_downsample": 4096,
+    "conv_wgrad_pointwise": 8192,
+    "conv_wgrad_taps": 8192,
+}
+_LEAST_ROWS = 512
+# Programs of a product over pixels: two for each multiprocessor of the largest GPUs. More would
+# only write more partials (at 7x7 those of dW2 weigh more than its operands).
+_PROGRAMS = 264
+_TAPS = 9  # of a 3x3 convolution
+_SMALL_GRAM = 256
+
+
+@lru_cache(maxsize=4096)
+def default(problem: Problem, architecture: tuple[int, int]) -> Config:
+    """The analytical default: see ``_blocks``; over pixels, as many rows as fill the GPU."""
+    config = _blocks(problem, architecture)
+    if problem.stage not in _MOST_ROWS:
+        return config
+    return _with_rows(problem, config)
+
+
+def _with_rows(problem: Problem, config: Config) -> Config:
+    """The configuration with the pixels per partial result."""
+    stage, m, n, k, _ = problem
+    most = _MOST_ROWS[stage]
+    if stage == "gram" and m <= _SMALL_GRAM:
+        most //= 2
+    tiles = blocks(m, config.block_m) * blocks(n, config.block_n)
+    if stage == "conv_wgrad_taps":
+        tiles *= _TAPS // config.taps
+    rows = max(_LEAST_ROWS, min(most, blocks(k, blocks(_PROGRAMS, tiles))))
+    return replace(config, rows=blocks(rows, config.block_k) * config.block_k)
+
+
+def _blocks(problem: Problem, architecture: tuple[int, int]) -> Config:
+    """Two programs or more per multiprocessor, so that one's epilogue hides behind another's
+    loads, and no spills: 16-bit blocks of 64x128 (64x64, 128x64 where n is 64) with 4 warps.
+
+    """
+    stage, _, n, _, dtype = problem
+    if dtype == torch.float32:
+        return _float32_blocks(stage, architecture)
+    narrow = n <= 64
+    if stage == "gram":
+        return Config(64, 64, 64, 4, 3) if narrow else Config(128, 128, 32, 8, 4)
+    if stage in ("tail_wgrad", "tail_wgrad_downsample") and architecture >= BLACKWELL and narrow:
+        return Config(64, 64, 64, 4, 3)
+    if stage == "tail_wgrad_downsample" and architecture >= BLACKWELL:
+        return Config(64, 128, 64, 4, 3)
+    if stage in ("tail_wgrad", "tail_wgrad_downsample"):
+        return Config(128, 64, 64, 8, 3) if narrow else Config(128, 128, 32, 8, 4)
+    if stage == "conv_wgrad_taps":
+        hopper = architecture >= HOPPER
+        return Config(64, 64, 32, 4, 3, taps=3) if hopper else Config(64, 64, 64, 4, 3)
+    if stage == "conv1x1_forward":
+        return Config(128, 64, 64, 4, 3) if narrow else Config(128, 128, 64, 8, 3)
+    if stage == "tail_dgrad" and not narrow:
+        return Config(128, 128, 64, 8, 3)
+    if stage == "conv2d_forward" and narrow and architecture >= HOPPER:
+        return Config(128, 64, 32, 4, 4)
+    return Config(64, 64, 64, 4, 3) if narrow else Config(64, 128, 64, 4, 3)
+
+
+def _float32_blocks(stage: str, architecture: tuple[int, int]) -> Config:
+    """Exact float32 products run on ordinary registers and want small blocks; tf32 shares them."""
+    if stage == "gram":
+        return Config(32, 32, 32, 4, 3) if architecture >= BLACKWELL else Config(64, 64, 16, 8, 3)
+    if stage in ("tail_wgrad", "tail_wgrad_downsample"):
+        return Config(64, 64, 32, 8, 2)
+    if stage == "input_dgrad_downsample":
+        return Config(64, 64, 32, 8, 2)
+    return Config(64, 64, 32, 4, 3)
+
+
+# What tuning tries: accumulators per thread between these, as more spill and fewer leave the
+# product units waiting.
+_ACCUMULATORS = range(16, 129)
+_DEVICE_SHARED = {(8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448}
+
+
+def candidates(problem: Problem, architecture: tuple[int, int]) -> list[Config]:
+    """Configurations worth trying, the default first.
+
+    All blocks of 64 or 128 by 64, 128 or 256 by 32 or 64 with 4 or 8 warps and 2 to 4 stages,
+    without those that reach far beyond the problem, hold too many or too few accumulators, or
+    need more shared memory than there is. Which of them compile, the GPU says.
+    """
+    first = default(problem, architecture)
+    tried = [first]
+    shared = _DEVICE_SHARED.get(architecture, SHARED_MEMORY)
+    for m, n, k, warps, stages in product((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)):
+        config = replace(first, block_m=m, block_n=n, block_k=k, num_warps=warps, num_stages=stages)
+        if _is_sensible(problem, config, shared):
+            tried.append(config)
+    return list(dict.fromkeys(tried))
+
+
+def _is_sensible(problem: Problem, config: Config, shared: int) -> bool:
+    stage, m, n, _, dtype = problem
+    accumulators = config.block_m * config.block_n * config.taps // (32 * config.num_warps)
+    staged = (config.block_m + config.block_n * config.taps) * config.block_k
+    fits = staged * dtype.itemsize * (config.num_stages - 1) <= shared
+    reaches = config.block_n >= 2 * max(n, 64) or config.block_m >= 2 * max(m, 64)
+    square = stage != "gram" or config.block_m == config.block_n
+    return fits and square and not reaches and accumulators in _ACCUMULATORS

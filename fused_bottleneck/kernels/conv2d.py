@@ -1,0 +1,307 @@
+"""Convolutions of any kernel, stride, padding and dilation as implicit GEMMs: F2 and B3."""
+
+from math import gcd
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..operands import Activation, ConvGrad, Geometry, pixels
+from ..stages import GradSums, Moments
+from . import config
+from .config import blocks
+from .launch import launch
+from .prologues import (
+    cdiv,
+    load_activation,
+    load_conv_grad,
+    put_tile,
+    store_moments,
+    store_through_relu,
+    tile,
+)
+from .reduce import moments_of, sums_of
+
+
+@triton.jit(do_not_specialize=["Q", "H", "W", "OH", "OW", "parts"])
+def _conv2d_forward_kernel(
+    x_ptr,
+    mean_ptr,
+    scale_ptr,
+    beta_ptr,
+    centre_ptr,
+    w_ptr,
+    y_ptr,
+    partial_ptr,
+    Q,
+    C,
+    N,
+    H,
+    W,
+    OH,
+    OW,
+    parts,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """F2: ``y = conv(a)`` and mean, M2 of every tile of y; a is relu(BN(x)), or x (scale_ptr None).
+
+    x ``[images * H * W, C]``, weight ``[N, KH, KW, C]``, y ``[Q, N]`` with
+    ``Q = images * OH * OW``, partial ``[2, N, parts]``. The padding is zero after the prologue. A
+    program owns BLOCK_M output pixels of BLOCK_N channels and goes through taps and C in one
+    loop. Bytes: x + y (the taps' overlap comes from cache); FLOPs: 2 Q C N KH KW.
+    """
+    pid = tl.program_id(0)
+    part = pid // cdiv(N, BLOCK_N)
+    offs_n = pid % cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_q = part * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_q, mask_n = offs_q < Q, offs_n < N
+    image = (offs_q // (OH * OW)).to(tl.int64) * H
+    top = offs_q // OW % OH * SH - PH
+    left = offs_q % OW * SW - PW
+    steps = cdiv(C, BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(KH * KW * steps):
+        tap = step // steps
+        offs_k = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < C
+        h, w = top + tap // KW * DH, left + tap % KW * DW
+        inside = mask_q & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        rows = (image + h) * W + w
+        if scale_ptr is not None:
+            x = load_activation(
+                x_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, rows, inside, C, offs_k, mask_k
+            )
+        else:
+            x = tile(x_ptr, rows, inside, C, offs_k, mask_k)
+        weight = tile(w_ptr + tap * C, offs_n, mask_n, KH * KW * C, offs_k, mask_k)
+        acc = tl.dot(x, tl.trans(weight), acc, input_precision=INPUT_PRECISION)
+    y = acc.to(y_ptr.dtype.element_ty)
+    put_tile(y_ptr, offs_q.to(tl.int64), mask_q, N, offs_n, mask_n, y)
+    count = tl.minimum(Q - part * BLOCK_M, BLOCK_M)
+    store_moments(partial_ptr, y, mask_q, count, part, parts, offs_n, N)
+
+
+def _constants(weight: Tensor, geometry: Geometry) -> dict[str, int]:
+    """Kernel size and geometry as the kernels' constants."""
+    (sh, sw), (ph, pw), (dh, dw), _ = geometry
+    kh, kw = weight.shape[2:]
+    return {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw, "DH": dh, "DW": dw}
+
+
+def conv2d_forward(
+    source: Tensor | Activation, weight: Tensor, geometry: Geometry, precision: str
+) -> tuple[Tensor, Moments]:
+    """F2: ``y = conv(source)`` ``[N, M, H', W']`` in channels_last memory, and its moments.
+
+    source ``[N, C, H, W]`` in channels_last memory, weight ``[M, C, kh, kw]``.
+    """
+    x, *coefficients = source if isinstance(source, Activation) else (source, *(None,) * 4)
+    images, channels, height, width = x.shape
+    out_channels = weight.shape[0]
+    size = geometry.output_size(height, width, (weight.shape[2], weight.shape[3]))
+    rows = images * size[0] * size[1]
+    cfg = config.choose("conv2d_forward", rows, out_channels, channels, x)
+    y = torch.empty(
+        (images, out_channels, *size),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    parts = blocks(rows, cfg.block_m)
+    partial = torch.empty((2, out_channels, parts), dtype=torch.float32, device=y.device)
+    launch(
+        _conv2d_forward_kernel,
+        (parts * blocks(out_channels, cfg.block_n),),
+        x,
+        *coefficients,
+        weight.contiguous(memory_format=torch.channels_last),
+        y,
+        partial,
+        rows,
+        channels,
+        out_channels,
+        height,
+        width,
+        *size,
+        parts,
+        **_constants(weight, geometry),
+        INPUT_PRECISION=precision,
+        BLOCK_M=cfg.block_m,
+        BLOCK_N=cfg.block_n,
+        BLOCK_K=cfg.block_k,
+        config=cfg,
+    )
+    return y, moments_of(partial, rows, cfg.block_m)
+
+
+@triton.jit
+def _first_tap(
+    position, K: tl.constexpr, S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr
+):
+    """The first tap whose output pixel is a whole one for an input position; K if there is none.
+
+    ``position + P - tap * D`` must be a multiple of S; so are those STEP taps on.
+    """
+    first = K
+    for i in tl.static_range(STEP - 1, -1, -1):
+        if i < K:
+            first = tl.where((position + P + (S * K - i) * D) % S == 0, i, first)
+    return first
+
+
+@triton.jit(do_not_specialize=["images", "H", "W", "OH", "OW", "parts"])
+def _conv2d_dgrad_kernel(
+    g_ptr,
+    y_ptr,
+    mean_ptr,
+    scale_ptr,
+    k0_ptr,
+    k1_ptr,
+    w_ptr,
+    out_ptr,
+    partial_ptr,
+    act_ptr,
+    act_mean_ptr,
+    act_scale_ptr,
+    act_beta_ptr,
+    act_invstd_ptr,
+    images,
+    C,
+    N,
+    H,
+    W,
+    OH,
+    OW,
+    parts,
+    HAS_RELU: tl.constexpr,
+    STEP_H: tl.constexpr,
+    STEP_W: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """B3: ``g1 = conv^T(dy) * [a > 0]`` with its sums (HAS_RELU), or ``conv^T(dy)``.
+
+    dy ``[images * OH * OW, C]`` from (g, y), weight ``[C, KH, KW, N]``, out and act
+    ``[images * H * W, N]``. Input pixels go in SH*SW classes by their position modulo the stride:
+    those of one class have the same taps, every STEP-th from a first one, so that no product is
+    with a zero between the strides. A program owns BLOCK_M pixels of one class and BLOCK_N
+    channels. Bytes: g + y + act + out; FLOPs: 2 Q C N KH KW.
+    """
+    pid = tl.program_id(0)
+    part = pid // cdiv(N, BLOCK_N)
+    offs_n = pid % cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_h, first_w = part % (SH * SW) // SW, part % SW
+    size_h, size_w = (H - first_h + SH - 1) // SH, (W - first_w + SW - 1) // SW
+    offs_p = part // (SH * SW) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_p, mask_n = offs_p < images * size_h * size_w, offs_n < N
+    image = offs_p // tl.maximum(size_h * size_w, 1)
+    h = first_h + offs_p // tl.maximum(size_w, 1) % tl.maximum(size_h, 1) * SH
+    w = first_w + offs_p % tl.maximum(size_w, 1) * SW
+    tap_h = _first_tap(first_h, KH, SH, PH, DH, STEP_H)
+    tap_w = _first_tap(first_w, KW, SW, PW, DW, STEP_W)
+    taps_w = (KW - tap_w + STEP_W - 1) // STEP_W
+    steps = cdiv(C, BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range((KH - tap_h + STEP_H - 1) // STEP_H * taps_w * steps):
+        kh = tap_h + step // steps // taps_w * STEP_H
+        kw = tap_w + step // steps % taps_w * STEP_W
+        offs_k = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < C
+        above, before = h + PH - kh * DH, w + PW - kw * DW
+        oh, ow = above // SH, before // SW
+        inside = mask_p & (above >= 0) & (oh < OH) & (before >= 0) & (ow < OW)
+        rows = (image.to(tl.int64) * OH + oh) * OW + ow
+        dy = load_conv_grad(
+            g_ptr, y_ptr, mean_ptr, scale_ptr, k0_ptr, k1_ptr, rows, inside, C, offs_k, mask_k
+        )
+        weight = tile(w_ptr + (kh * KW + kw) * N, offs_k, mask_k, KH * KW * N, offs_n, mask_n)
+        acc = tl.dot(dy, weight, acc, input_precision=INPUT_PRECISION)
+    rows = (image.to(tl.int64) * H + h) * W + w
+    if HAS_RELU:
+        store_through_relu(
+            out_ptr, partial_ptr, act_ptr, act_mean_ptr, act_scale_ptr, act_beta_ptr,
+            act_invstd_ptr, acc, rows, mask_p, part, parts, offs_n, N,
+        )  # fmt: skip
+    else:
+        put_tile(out_ptr, rows, mask_p, N, offs_n, mask_n, acc)
+
+
+def conv2d_dgrad(
+    grad: ConvGrad,
+    weight: Tensor,
+    geometry: Geometry,
+    x: Tensor,
+    precision: str,
+    act: Activation | None = None,
+    invstd: Tensor | None = None,
+) -> tuple[Tensor, GradSums | None]:
+    """B3: the gradient of the convolution's input, through its ReLU with the two sums if act.
+
+    grad: that of the convolution's output; weight ``[C, N, kh, kw]``; x ``[images, N, H, W]``: of
+    it only the shape matters.
+    """
+    images, channels, height, width = x.shape
+    out_channels = weight.shape[0]
+    (sh, sw), _, (dh, dw), _ = geometry
+    cfg = config.choose("conv2d_dgrad", pixels(x), channels, out_channels, x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    rows_per_class = images * blocks(height, sh) * blocks(width, sw)
+    parts = sh * sw * blocks(rows_per_class, cfg.block_m)
+    partial = None
+    pointers: tuple[Tensor | None, ...] = (None,) * 5
+    if act is not None:
+        partial = torch.empty((2, channels, parts), dtype=torch.float32, device=x.device)
+        pointers = (act.y, act.mean, act.scale, act.beta, invstd)
+    launch(
+        _conv2d_dgrad_kernel,
+        (parts * blocks(channels, cfg.block_n),),
+        grad.g,
+        grad.y,
+        grad.mean,
+        grad.scale,
+        grad.k0,
+        grad.k1,
+        weight.contiguous(memory_format=torch.channels_last),
+        out,
+        partial,
+        *pointers,
+        images,
+        out_channels,
+        channels,
+        height,
+        width,
+        *grad.g.shape[2:],
+        parts,
+        HAS_RELU=act is not None,
+        STEP_H=sh // gcd(sh, dh),
+        STEP_W=sw // gcd(sw, dw),
+        **_constants(weight, geometry),
+        INPUT_PRECISION=precision,
+        BLOCK_M=cfg.block_m,
+        BLOCK_N=cfg.block_n,
+        BLOCK_K=cfg.block_k,
+        config=cfg,
+    )
+    return out, None if partial is None else sums_of(partial)

@@ -1,0 +1,205 @@
+"""Mean and covariance of the tail's operands (F3)."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..operands import Activation, StridedInput
+from ..stages import Operand
+from . import config
+from .config import blocks
+from .launch import launch
+from .prologues import cdiv, lane_sums, load_activation, load_centred, strided_rows
+
+
+@triton.jit
+def load_operand(
+    y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, offs_q, mask_q, offs, K, OH, OW, H, W,
+    SH: tl.constexpr, SW: tl.constexpr,
+):  # fmt: skip
+    """A tile of the operand D: of an activation, or (scale_ptr None) of a strided input."""
+    mask = offs < K
+    if scale_ptr is not None:
+        return load_activation(
+            y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, offs_q.to(tl.int64), mask_q, K, offs,
+            mask,
+        )  # fmt: skip
+    else:
+        rows = strided_rows(offs_q, OH, OW, H, W, SH, SW)
+        return load_centred(y_ptr, centre_ptr, rows, mask_q, K, offs, mask)
+
+
+def operand_pointers(operand: Operand) -> tuple[Tensor | None, ...]:
+    """An operand as ``load_operand`` takes it: y, mean, scale, beta, centre."""
+    if isinstance(operand, StridedInput):
+        return operand.x, None, None, None, operand.centre
+    return tuple(operand)
+
+
+def operand_shape(operand: Operand) -> tuple[int, ...]:
+    """Images, channels, height and width of D, then height and width of what it is read from."""
+    if isinstance(operand, Activation):
+        return (*operand.y.shape, *operand.y.shape[2:])
+    images, channels, height, width = operand.x.shape
+    sh, sw = operand.stride
+    return images, channels, blocks(height, sh), blocks(width, sw), height, width
+
+
+def operand_stride(operand: Operand) -> tuple[int, int]:
+    """The stride at which D is read."""
+    return operand.stride if isinstance(operand, StridedInput) else (1, 1)
+
+
+@triton.jit(do_not_specialize=["Q", "OH", "OW", "H", "W", "ROWS"])
+def _gram_kernel(
+    y_ptr,
+    mean_ptr,
+    scale_ptr,
+    beta_ptr,
+    centre_ptr,
+    product_ptr,
+    sums_ptr,
+    Q,
+    K,
+    OH,
+    OW,
+    H,
+    W,
+    ROWS,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """F3: ``D^T D`` and the column sums of D over ROWS pixels.
+
+    D ``[Q, K]``; product ``[parts, K, K]``, sums ``[parts, K]``. A program owns one block of the
+    product on or above its diagonal and one part; those on the diagonal own the sums. Parts are
+    short, as float32 accumulates in them, and are combined in float64. Bytes: D, and 4 K^2 per
+    part; FLOPs: Q K^2.
+    """
+    pid = tl.program_id(0)
+    count = cdiv(K, BLOCK)
+    i, j, part = pid // count % count, pid % count, pid // (count * count)
+    if i > j:
+        return
+    offs_i, offs_j = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    sums = tl.zeros([16, BLOCK], tl.float32)
+    end = tl.minimum(Q, (part + 1) * ROWS)
+    for start in range(part * ROWS, end, BLOCK_K):
+        offs_q = start + tl.arange(0, BLOCK_K)
+        mask_q = offs_q < end
+        left = load_operand(
+            y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, offs_q, mask_q, offs_i, K,
+            OH, OW, H, W, SH, SW,
+        )  # fmt: skip
+        sums += lane_sums(left, BLOCK_K, BLOCK)
+        right = left
+        if not ONE_BLOCK:
+            right = load_operand(
+                y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, offs_q, mask_q, offs_j, K,
+                OH, OW, H, W, SH, SW,
+            )  # fmt: skip
+        acc = tl.dot(tl.trans(left), right, acc, input_precision=INPUT_PRECISION)
+    mask_i, mask_j = offs_i < K, offs_j < K
+    row = (part * K + offs_i).to(tl.int64) * K
+    where = row[:, None] + offs_j[None, :]
+    tl.store(product_ptr + where, acc, mask=mask_i[:, None] & mask_j[None, :])
+    if i == j:
+        tl.store(sums_ptr + part * K + offs_i, tl.sum(sums, 0), mask=mask_i)
+
+
+@triton.jit(do_not_specialize=["Q", "parts"])
+def _covariance_kernel(
+    product_ptr,
+    sums_ptr,
+    mean_ptr,
+    cov_ptr,
+    Q,
+    K,
+    parts,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """``mean = sum / Q`` and ``cov = D^T D / Q - mean mean^T`` from the parts, in float64.
+
+    A program owns a block ``[BLOCK, BLOCK_C]`` that reaches above the diagonal, and its mirror
+    image.
+    """
+    i, j = tl.program_id(0), tl.program_id(1)
+    if i * BLOCK >= (j + 1) * BLOCK_C:
+        return
+    offs_i, offs_j = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_i, mask_j = offs_i < K, offs_j < K
+    mask = mask_i[:, None] & mask_j[None, :] & (offs_i[:, None] <= offs_j[None, :])
+    square = offs_i[:, None] * K + offs_j[None, :]
+    total = tl.zeros([BLOCK, BLOCK_C], tl.float64)
+    sum_i, sum_j = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK_C], tl.float64)
+    ptrs = product_ptr + square
+    ptrs_i, ptrs_j = sums_ptr + offs_i, sums_ptr + offs_j
+    for _ in range(parts):
+        total += tl.load(ptrs, mask=mask, other=0.0).to(tl.float64)
+        sum_i += tl.load(ptrs_i, mask=mask_i, other=0.0).to(tl.float64)
+        sum_j += tl.load(ptrs_j, mask=mask_j, other=0.0).to(tl.float64)
+        ptrs += K * K
+        ptrs_i += K
+        ptrs_j += K
+    mean_i, mean_j = sum_i / Q, sum_j / Q
+    cov = (total / Q - mean_i[:, None] * mean_j[None, :]).to(tl.float32)
+    tl.store(cov_ptr + square, cov, mask=mask)
+    tl.store(cov_ptr + offs_j[None, :] * K + offs_i[:, None], cov, mask=mask)
+    if i == 0:
+        tl.store(mean_ptr + offs_j, mean_j.to(tl.float32), mask=mask_j)
+
+
+def gram(operand: Operand, precision: str) -> tuple[Tensor, Tensor]:
+    """F3: mean ``[K]`` and biased covariance ``[K, K]`` of the operand's rows, float32."""
+    images, channels, *size = operand_shape(operand)
+    rows = images * size[0] * size[1]
+    source = operand.x if isinstance(operand, StridedInput) else operand.y
+    cfg = config.choose("gram", channels, channels, rows, source)
+    count, parts = blocks(channels, cfg.block_m), blocks(rows, cfg.rows)
+    device = source.device
+    product = torch.empty((parts, channels, channels), dtype=torch.float32, device=device)
+    sums = torch.empty((parts, channels), dtype=torch.float32, device=device)
+    stride = operand_stride(operand)
+    launch(
+        _gram_kernel,
+        (count * count * parts,),
+        *operand_pointers(operand),
+        product,
+        sums,
+        rows,
+        channels,
+        *size,
+        cfg.rows,
+        SH=stride[0],
+        SW=stride[1],
+        ONE_BLOCK=count == 1,
+        INPUT_PRECISION=precision,
+        BLOCK=cfg.block_m,
+        BLOCK_K=cfg.block_k,
+        config=cfg,
+    )
+    mean = torch.empty(channels, dtype=torch.float32, device=device)
+    cov = torch.empty((channels, channels), dtype=torch.float32, device=device)
+    final = config.COVARIANCE
+    launch(
+        _covariance_kernel,
+        (blocks(channels, final.block_m), blocks(channels, final.block_n)),
+        product,
+        sums,
+        mean,
+        cov,
+        rows,
+        channels,
+        parts,
+        BLOCK=final.block_m,
+        BLOCK_C=final.block_n,
+        config=final,
+    )
+    return mean, cov

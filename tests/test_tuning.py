@@ -1,0 +1,115 @@
+"""Configurations: their defaults, what tuning tries, and the file that keeps what it found."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_bottleneck
+from fused_bottleneck import BlockShape, FusedBottleneck
+from fused_bottleneck.kernels import config, tuned
+from fused_bottleneck.kernels.tuned import Config, Problem
+
+HOPPER = (9, 0)
+PROBLEMS = [
+    Problem("conv1x1_forward", 802816, 64, 256, torch.bfloat16),
+    Problem("tail_dgrad", 50176, 256, 1280, torch.float16),
+    Problem("gram", 128, 128, 200704, torch.bfloat16),
+    Problem("tail_wgrad", 2048, 512, 12544, torch.bfloat16),
+    Problem("conv_wgrad_taps", 512, 512, 12544, torch.bfloat16),
+    Problem("conv2d_dgrad", 77, 48, 16, torch.float32),
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=Problem.key)
+def test_candidates(problem: Problem) -> None:
+    """The default is the first of several, all different, that can be launched."""
+    candidates = config.candidates(problem, HOPPER)
+    assert candidates[0] == config.default(problem, HOPPER)
+    assert len(candidates) == len(set(candidates)) > 3
+    for candidate in candidates:
+        assert candidate.block_n % 32 == 0  # whole words of the output's mask
+        assert problem.stage != "gram" or candidate.block_m == candidate.block_n
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=Problem.key)
+@pytest.mark.parametrize("architecture", [(8, 0), (8, 9), HOPPER, (10, 0), (12, 0)], ids=str)
+def test_default(problem: Problem, architecture: tuple[int, int]) -> None:
+    """A partial result is of whole steps, and of a bounded number of pixels."""
+    chosen = config.default(problem, architecture)
+    assert chosen.block_k >= 16
+    if problem.stage in ("gram", "tail_wgrad", "conv_wgrad_taps"):
+        assert chosen.rows % chosen.block_k == 0
+        assert 0 < chosen.rows <= 8192
+    else:
+        assert chosen.rows == 0
+
+
+def test_file_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "gpu.json"
+    assert tuned.read(path) == {}
+    entries = {p: config.default(p, HOPPER) for p in PROBLEMS}
+    tuned.write(path, entries)
+    assert tuned.read(path) == entries
+    tuned.write(path, {})
+    assert tuned.read(path) == {}
+    assert [file.name for file in path.parent.iterdir()] == ["gpu.json"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[1, 2]",
+        '{"gram 1 2": {}}',
+        '{"gram 1 2 3 bfloat16": {"block_m": "64"}}',
+        '{"gram 1 2 3 bfloat16": {"block_m": 64}}',
+        '{"gram 1 2 3 nonsense": {"block_m": 64, "block_n": 64, "block_k": 64}}',
+        '{"gram 1 2 3 bfloat16": {"block_m": 64, "block_n": 64, "block_k": 64, "x": 1}}',
+        '{"gram 1 2 3 bfloat16": 7}',
+    ],
+)
+def test_corrupted_file_is_ignored(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    path.write_text(text)
+    with pytest.warns(RuntimeWarning, match=r"ignoring the tuned configurations in .*gpu\.json"):
+        assert tuned.read(path) == {}
+
+
+def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv(tuned.CACHE_VARIABLE, raising=False)
+    assert tuned.cache_directory() == tmp_path / "xdg" / "fused_bottleneck"
+    monkeypatch.setenv(tuned.CACHE_VARIABLE, str(tmp_path / "own"))
+    assert tuned.cache_directory() == tmp_path / "own"
+    pytest.importorskip("triton")
+    name = tuned.cache_file("NVIDIA H200/x y").name
+    assert name.startswith("NVIDIA-H200-x-y-torch-")
+    assert name.endswith(".json")
+
+
+def test_choice_can_be_overridden_and_listed() -> None:
+    problem = PROBLEMS[0]
+    like = torch.empty(0, dtype=problem.dtype)
+    other = Config(16, 16, 16)
+    with config.asked() as problems:
+        assert config.choose(*problem[:4], like) == config.default(problem, HOPPER)
+        with config.overridden(problem, other):
+            assert config.choose(*problem[:4], like) == other
+        assert config.choose(*problem[:4], like) == config.default(problem, HOPPER)
+    assert problems == [problem] * 3
+
+
+def test_tuning_needs_a_gpu_and_an_input() -> None:
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        fused_bottleneck.tune([BlockShape(2, 64, 16, 8)], device="cpu")
+    block = FusedBottleneck(64, 16)
+    with pytest.raises(ValueError, match="needs an input x"):
+        fused_bottleneck.tune(block)
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        fused_bottleneck.tune(block, torch.randn(2, 64, 8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fused_bottleneck.tune([]) == 0
