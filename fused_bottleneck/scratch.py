@@ -15,6 +15,7 @@ import math
 import threading
 from collections.abc import Sequence
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,20 @@ _GRANULE = 2 * 2**20  # a huge page
 
 _lock = threading.Lock()
 _free: list[Tensor] = []
-_results: list[torch.UntypedStorage] = []  # handed out once, perhaps in use
+
+
+class _Result(NamedTuple):
+    """Memory that was handed out and may be in use: a flat tensor that keeps it alive, and the
+    address by which torch counts its holders. Never a storage object, which users would share."""
+
+    holder: Tensor
+    address: int
+
+    def size(self) -> int:
+        return self.holder.numel() * self.holder.element_size()
+
+
+_results: list[_Result] = []
 
 
 def release() -> None:
@@ -70,49 +84,51 @@ def large_empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool = 
 _MIN_RESULT_BYTES = 2**20
 # How much larger than needed a reused storage may be.
 _RESULT_SLACK = 1.25
-# How many hold a storage, besides torch's Python objects for it: how reuse knows that nobody does.
+# Torch's own way to know that nobody holds a storage. A Python object of it counts, once made, as
+# long as the storage lives: then it is never reused, which is safe.
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
-
-
-def _unused(storage: torch.UntypedStorage) -> bool:
-    """Whether only this module's reference to the storage is left."""
-    return _use_count is not None and _use_count(storage._cdata) == 1
+_address = getattr(torch._C, "_storage_address", None)
+_lay_over = torch.ops.aten.set_.source_Tensor_storage_offset
 
 
 def _reuse(tensor: Tensor, size: int, shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Lay the empty tensor over an unused storage of about that size; False if there is none."""
+    """Lay the empty tensor over unused memory of about that size; False if there is none."""
+    assert _use_count is not None
     with _lock:
-        for storage in _results:
-            if size <= storage.nbytes() <= _RESULT_SLACK * size and _unused(storage):
-                tensor.set_(storage, 0, shape, strides)
+        for result in _results:
+            fits = size <= result.size() <= _RESULT_SLACK * size
+            if fits and _use_count(result.address) == 1:
+                _lay_over(tensor, result.holder.view(tensor.dtype), 0, shape, strides)
                 return True
     return False
 
 
-def _remember(storage: torch.UntypedStorage) -> None:
-    """Keep a result's storage for reuse, in place of unused ones where the limit asks for it."""
+def _remember(tensor: Tensor) -> None:
+    """Keep a result's memory for reuse; the oldest go where the limit asks for it."""
+    assert _address is not None
+    with torch.inference_mode(False):
+        size = (tensor.numel(),)
+        flat = tensor.as_strided(size, (1,))
+        holder = _lay_over(torch.empty(0, dtype=tensor.dtype), flat, 0, size, (1,))
+        result = _Result(holder, _address(tensor))
     with _lock:
-        total = sum(kept.nbytes() for kept in _results) + storage.nbytes()
-        for kept in list(_results):
-            if total > LIMIT_BYTES and _unused(kept):
-                _results.remove(kept)
-                total -= kept.nbytes()
-        if total <= LIMIT_BYTES:
-            _results.append(storage)
+        _results.append(result)
+        while sum(kept.size() for kept in _results) > LIMIT_BYTES:
+            _results.pop(0)
 
 
 def result_empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
     """An uninitialised CPU tensor for the user, in reused memory where there is some."""
     like = torch.empty(0, dtype=dtype)
     size = math.prod(shape) * dtype.itemsize
-    if size < _MIN_RESULT_BYTES or _use_count is None:
+    if size < _MIN_RESULT_BYTES or _use_count is None or _address is None:
         return large_empty(shape, dtype, channels_last)
     _, c, h, w = shape
     strides = (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
     if _reuse(like, size, shape, strides):
         return like.fill_(math.nan) if _poisoned() else like
     fresh = large_empty(shape, dtype, channels_last)
-    _remember(fresh.untyped_storage())
+    _remember(fresh)
     return fresh
 
 

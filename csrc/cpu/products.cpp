@@ -68,11 +68,15 @@ int64_t pixel_total(int64_t rows, int64_t wide, int64_t narrow, const Split& spl
 
 // What any product of [rows, depth] and [depth, channels], either way round or over pixels, needs.
 int64_t workspace_bytes(int64_t rows, int64_t depth, int64_t channels) {
+  STD_TORCH_CHECK(rows > 0 && depth > 0 && channels > 0,
+                  "product_workspace: expected rows, depth and channels to be positive, got ", rows,
+                  ", ", depth, ", ", channels);
   const int64_t wide = std::max(depth, channels), narrow = std::min(depth, channels);
   const int64_t floats =
       std::max({product_total(rows, depth, channels), product_total(rows, channels, depth),
                 pixel_total(rows, wide, narrow, Split::of(wide * narrow)),
-                pixel_total(rows, wide, narrow, Split::by_rows(wide * narrow))});
+                pixel_total(rows, depth, channels, Split::by_rows(depth * channels)),
+                pixel_total(rows, channels, depth, Split::by_rows(depth * channels))});
   return (floats + round_up(depth * channels, kAlignment)) * static_cast<int64_t>(sizeof(float)) +
          kAlignment;
 }

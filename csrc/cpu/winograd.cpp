@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <initializer_list>
+#include <string>
 
 #include "../stable_utils.h"
 #include "blocking.h"
@@ -50,13 +52,19 @@ Images images(const char* op, const char* name, const Tensor& t) {
           static_cast<const float*>(t.const_data_ptr())};
 }
 
-// Throws unless `small` has the size that a convolution of that stride makes of `large`.
-void check_sizes(const char* op, const Images& large, const Images& small, int64_t stride,
-                 const Tensor& got) {
+// Throws unless `small` has the size that a convolution of that stride makes of `large`; `got` is
+// the argument to blame, one of the two.
+void check_sizes(const char* op, const char* name, const Images& large, const Images& small,
+                 int64_t stride, const Tensor& got) {
   const int64_t height = (large.height - 1) / stride + 1, width = (large.width - 1) / stride + 1;
+  const bool is_small = got.const_data_ptr() == small.data;
+  const std::string sizes =
+      is_small
+          ? shape_name(std::initializer_list<int64_t>{large.count, height, width, small.channels})
+          : "images of which a stride of " + std::to_string(stride) + " makes " +
+                shape_name(std::initializer_list<int64_t>{small.count, small.height, small.width});
   STD_TORCH_CHECK(small.count == large.count && small.height == height && small.width == width, op,
-                  ": expected the smaller images to be [", large.count, ", ", height, ", ", width,
-                  ", C] for stride ", stride, ", got ", describe(got));
+                  ": expected ", name, " to be ", sizes, ", got ", describe(got));
 }
 
 int64_t tile_count(int64_t count, int64_t height, int64_t width, int outputs) {
@@ -117,6 +125,10 @@ int64_t winograd_workspace(int64_t count, int64_t height, int64_t width, int64_t
                            int64_t channels, int64_t stride, bool transposed) {
   const WinogradKernels& kernels =
       winograd_kernels(scheme_of("winograd_workspace", stride, transposed));
+  STD_TORCH_CHECK(count > 0 && height > 0 && width > 0 && depth > 0 && channels > 0,
+                  "winograd_workspace: expected count, height, width, depth and channels to be "
+                  "positive, got ",
+                  count, ", ", height, ", ", width, ", ", depth, ", ", channels);
   const int64_t tiles = tile_count(count, height, width, kernels.outputs);
   const int positions = kernels.points * kernels.points;
   return std::max(Plan(positions, tiles, depth, channels).bytes(),
@@ -152,7 +164,7 @@ void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool 
   const WinogradKernels& kernels = winograd_kernels(scheme);
   const Images from = images(op, "x", x), to = images(op, "out", out);
   const int64_t depth = from.channels, channels = to.channels;
-  check_sizes(op, transposed ? to : from, transposed ? from : to, stride, transposed ? x : out);
+  check_sizes(op, "out", transposed ? to : from, transposed ? from : to, stride, out);
   const int64_t rows = transposed ? depth : channels, columns = transposed ? channels : depth;
   STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == ScalarType::Float &&
                       has_sizes(weight, {rows, columns, 3, 3}),
@@ -193,7 +205,7 @@ Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
   constexpr const char* op = "winograd_weight_grad";
   const WinogradKernels& kernels = winograd_kernels(scheme_of(op, stride, false));
   const Images dy = images(op, "grad", grad), from = images(op, "x", x);
-  check_sizes(op, from, dy, stride, grad);
+  check_sizes(op, "grad", from, dy, stride, grad);
   const GradPlan plan(kernels.points * kernels.points,
                       tile_count(dy.count, dy.height, dy.width, kernels.outputs), dy.channels,
                       from.channels);
