@@ -5,6 +5,8 @@ python := $(VENV)/bin/python
 interpreter := $(if $(wildcard $(python)),$(python),$(PYTHON))
 pip := $(python) -m pip --disable-pip-version-check
 tools := $(VENV)/.tools
+# A process per core, each with one thread (tests/conftest.py).
+parallel := -n auto --maxprocesses 8 --dist worksteal
 # One stamp per environment, kept in this checkout: another VENV gets its own installation.
 built := build/.installed$(subst /,-,$(abspath $(VENV)))
 sources := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
@@ -48,10 +50,10 @@ demo: build ## train a small ResNet on real images, plain and fused (at most 3 m
 	$(python) examples/train.py
 
 test: build ## run every test (at most 10 minutes)
-	$(python) -m pytest
+	$(python) -m pytest $(parallel)
 
 test-fast: build ## run the tests that are not slow (about 90 seconds)
-	$(python) -m pytest -m "not slow"
+	$(python) -m pytest $(parallel) -m "not slow"
 
 test-gpu: build ## run the tests that need a CUDA device
 	$(python) -m pytest -m gpu tests/test_cuda.py
