@@ -6,6 +6,7 @@ raises it; the modules run composed and give its text as the reason.
 
 import os
 from collections.abc import Iterable, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,11 +23,10 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def pair(name: str, value: int | Pair) -> Pair:
-    """An int or a pair of ints as a pair; TypeError otherwise."""
-    if isinstance(value, int):
-        return value, value
-    if len(value) == 2 and all(isinstance(v, int) for v in value):
-        return value[0], value[1]
+    """An int or a pair of ints, numpy's included, as a pair; TypeError otherwise."""
+    both = (value, value) if hasattr(value, "__index__") else value
+    if len(both) == 2 and all(hasattr(v, "__index__") for v in both):
+        return index(both[0]), index(both[1])
     raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
 
 
