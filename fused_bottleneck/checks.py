@@ -264,12 +264,16 @@ def child(name: str, module: nn.Module, expected: type[nn.Module]) -> str | None
     return None
 
 
-def children(named: Iterable[tuple[str, nn.Module, type[nn.Module]]]) -> str | None:
-    """The first reason among the children, or that global module hooks are set."""
+def global_hooks() -> str | None:
+    """That hooks are set which every module's call must run; None if there are none."""
     if any(getattr(nn.modules.module, hooks) for hooks in _GLOBAL_HOOKS):
         return "global module hooks are set"
-    for name, module, expected in named:
-        reason = child(name, module, expected)
-        if reason is not None:
-            return reason
     return None
+
+
+def children(named: Iterable[tuple[str, nn.Module, type[nn.Module]]]) -> str | None:
+    """The first reason among the children, or that global module hooks are set."""
+    problem = global_hooks()
+    for name, module, expected in named:
+        problem = problem or child(name, module, expected)
+    return problem
