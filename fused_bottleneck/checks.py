@@ -225,10 +225,17 @@ def _plain_tensor(t: Any) -> bool:
     return type(t) in (Tensor, nn.Parameter)
 
 
-def environment(x: Any) -> str | None:
-    """Why nothing can be fused here and now, whatever the module: None if it can."""
+def disabled() -> str | None:
+    """That the environment switches fusing off; None if it does not."""
     if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
         return f"{DISABLE_VARIABLE} is set"
+    return None
+
+
+def environment(x: Any) -> str | None:
+    """Why nothing can be fused here and now, whatever the module: None if it can."""
+    if disabled() is not None:
+        return disabled()
     if torch.compiler.is_exporting():
         return "torch.export captures the composed graph"
     if not _plain_tensor(x):

@@ -8,7 +8,25 @@ from torch import Tensor, nn
 
 from . import checks
 from .functional import Unit
-from .modules import batch_norm_arguments, conv_arguments, conv_bn_of, norm_class
+from .modules import (
+    batch_norm_arguments,
+    class_path,
+    conv_arguments,
+    conv_bn_of,
+    norm_class,
+)
+
+
+@dataclass(frozen=True)
+class Container:
+    """A module that calls its children in the order of the formula, and does nothing else.
+
+    path: empty for the block itself. kind: its class (``modules.class_path``).
+    """
+
+    path: str
+    kind: str
+    children: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -24,8 +42,8 @@ class Layout:
             class has no place for one.
         idle: children that must do nothing for the formula to hold: absent, None or nn.Identity.
         flags: attributes that must be false.
-        children: all direct children that the formula was proved with; None: any others may be
-            there, as the class is known not to call them.
+        containers: the modules between the block and its parts; the block itself too where its
+            class is not known, but its formula was proved with exactly these children.
         adds_in_place: whether the class writes ``out += residual``, which keeps out's dtype.
     """
 
@@ -34,7 +52,7 @@ class Layout:
     shortcut: str | tuple[str, str] | None = "downsample"
     idle: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
-    children: tuple[str, ...] | None = None
+    containers: tuple[Container, ...] = ()
     adds_in_place: bool = True
 
 
@@ -82,11 +100,25 @@ def reason(block: nn.Module, layout: Layout) -> str | None:
     for path in layout.flags:
         if attribute(block, path):
             return f"{path} is set"
-    if layout.children is not None:
-        for name, _ in block.named_children():
-            if name not in layout.children:
-                return f"{name} was added to it"
+    for container in layout.containers:
+        problem = _container_reason(block, container)
+        if problem is not None:
+            return problem
     return _parts_reason(block, layout)
+
+
+def _container_reason(block: nn.Module, container: Container) -> str | None:
+    """Why the container does not just call its children; None if it does."""
+    path = container.path
+    module = attribute(block, path) if path else block
+    if not isinstance(module, nn.Module):
+        return f"{path} is missing"
+    children = tuple(name for name, child in module._modules.items() if child is not None)
+    if children != container.children:
+        return f"the children of {path or 'the block'} have changed: {', '.join(children)}"
+    if path and class_path(type(module)) != container.kind:
+        return f"{path} is a {type(module).__name__}"
+    return checks.child(path, module, type(module)) if path else None
 
 
 def _parts_reason(block: nn.Module, layout: Layout) -> str | None:

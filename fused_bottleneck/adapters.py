@@ -1,0 +1,146 @@
+"""Which modules of a model are bottleneck blocks: known classes by name, others by proof."""
+
+from typing import NamedTuple
+
+from torch import Tensor, fx, jit, nn
+
+from . import checks, layout, tracing
+from .block import FusedBlock
+from .layout import Container, Layout
+from .modules import class_path
+
+_HF_LAYERS = tuple(
+    Container(
+        f"layer.{i}",
+        "transformers.models.resnet.modeling_resnet.ResNetConvLayer",
+        ("convolution", "normalization", "activation"),
+    )
+    for i in range(3)
+)
+_MODIFIED_RESNET_ACTS = ("relu1", "relu2", "relu3")
+
+# The classes of the libraries, by the names they have there: recognising a class imports nothing,
+# as whoever has an instance has imported its library. The tests prove each of these again by
+# its graph.
+KNOWN: dict[str, Layout] = {
+    "fused_bottleneck.reference.Bottleneck": Layout(shortcut="identity_downsample"),
+    "torchvision.models.resnet.Bottleneck": Layout(),
+    "timm.models.resnet.Bottleneck": Layout(
+        activations=("act1", "act2", "act3"), idle=("drop_block", "aa", "se", "drop_path")
+    ),
+    "transformers.models.resnet.modeling_resnet.ResNetBottleNeckLayer": Layout(
+        units=tuple((f"layer.{i}.convolution", f"layer.{i}.normalization") for i in range(3)),
+        activations=("layer.0.activation", "layer.1.activation", "activation"),
+        shortcut="shortcut",
+        idle=("layer.2.activation",),
+        containers=(
+            Container("layer", "torch.nn.modules.container.Sequential", ("0", "1", "2")),
+            *_HF_LAYERS,
+        ),
+    ),
+    "monai.networks.nets.resnet.ResNetBottleneck": Layout(activations=("act", "act", "act")),
+    # Where these have a stride, it is that of an average pooling before conv3.
+    "clip.model.Bottleneck": Layout(activations=_MODIFIED_RESNET_ACTS, idle=("avgpool",)),
+    "open_clip.modified_resnet.Bottleneck": Layout(
+        activations=("act1", "act2", "act3"), idle=("avgpool",)
+    ),
+    "mmdet.models.backbones.resnet.Bottleneck": Layout(flags=("with_cp", "with_plugins")),
+    "mmpretrain.models.backbones.resnet.Bottleneck": Layout(
+        idle=("drop_path",), flags=("with_cp",)
+    ),
+}
+
+# A shortcut with more convolutions than this is no block's.
+_MOST_CONVOLUTIONS = 8
+
+
+class Finding(NamedTuple):
+    """A bottleneck block, or what looks like one, in a model.
+
+    name: its path; empty for the model itself. layout: None where it is declined, which reason
+    explains. A block that is fused already may have a reason too, why it runs composed for now.
+    """
+
+    name: str
+    module: nn.Module
+    layout: Layout | None
+    reason: str | None
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is a fused block already."""
+        return isinstance(self.module, FusedBlock)
+
+
+def survey(model: nn.Module) -> list[Finding]:
+    """The bottleneck blocks of a model, and what looks like one, each once, in its order."""
+    return _survey("", model, set())
+
+
+def _survey(name: str, module: nn.Module, visited: set[int]) -> list[Finding]:
+    if id(module) in visited or isinstance(module, jit.ScriptModule):
+        return []
+    visited.add(id(module))
+    if isinstance(module, FusedBlock):
+        where = module.plain_layout
+        return [Finding(name, module, where, instance_reason(module, where))]
+    if class_path(type(module)) in KNOWN:
+        return [_finding(name, module, KNOWN[class_path(type(module))])]
+    found = []
+    for child_name, child in module.named_children():
+        path = f"{name}.{child_name}" if name else child_name
+        found += _survey(path, child, visited)
+    if any(f.layout is not None for f in found) or not _may_be_block(module):
+        return found
+    proved = tracing.prove(module)
+    if isinstance(proved, Layout):
+        return [_finding(name, module, proved)]
+    # Of a block and its branch, both named like blocks, the block is the one to report.
+    if _looks_like_block(module) and len(found) < 2:
+        return [Finding(name, module, None, proved)]
+    return found
+
+
+def _finding(name: str, module: nn.Module, where: Layout) -> Finding:
+    reason = instance_reason(module, where)
+    return Finding(name, module, where if reason is None else None, reason)
+
+
+def _may_be_block(module: nn.Module) -> bool:
+    """Whether a proof is worth trying."""
+    if type(module).__module__.startswith("torch.") or isinstance(module, fx.GraphModule):
+        return False
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in module.modules())
+    return 3 <= convolutions <= _MOST_CONVOLUTIONS
+
+
+def _looks_like_block(module: nn.Module) -> bool:
+    """Whether its user would take it for a bottleneck block, and wants to know why it is none."""
+    children = dict(module.named_children())
+    return "bottle" in type(module).__name__.lower() or {"conv1", "conv2", "conv3"} <= set(children)
+
+
+def instance_reason(block: nn.Module, where: Layout) -> str | None:
+    """Why this block of a class that can be fused can not be; None if it can."""
+    if "forward" in block.__dict__:
+        return "its forward was replaced on the instance"
+    for name, module in block.named_modules():
+        if type(module).__module__.startswith("torch.ao."):
+            return f"{name} is a {type(module).__name__}, of torch's quantization tools"
+    reason = layout.reason(block, where)
+    if reason is not None:
+        return reason
+    parts = layout.read(block, where)
+    if len({id(norm) for _, norm in parts.pairs}) < len(parts.pairs):
+        return "two of its normalisations are one module"
+    units = parts.units()
+    x = _probe(parts.pairs[0][0].weight)
+    problem = checks.bottleneck(x, units)
+    if problem is None and parts.called is None:
+        problem = checks.residual(x, units, None)
+    return None if problem is None else str(problem)
+
+
+def _probe(weight: Tensor) -> Tensor:
+    """An input of that first convolution, with strides of zero: it has no memory to speak of."""
+    return weight.detach().new_zeros(()).expand(2, weight.shape[1], 32, 32)

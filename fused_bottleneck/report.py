@@ -1,0 +1,73 @@
+"""``explain``: what ``fuse`` did to a model, or would do."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from . import adapters, checks
+from .modules import class_path
+
+
+class Row(NamedTuple):
+    """One block: its name in the model, its class, whether it is fused, and what stands against it.
+
+    reason: None for a block that is fused, or will be by ``fuse``; for one that is fused, why it
+    runs as the plain block for now.
+    """
+
+    name: str
+    kind: str
+    fused: bool
+    reason: str | None
+
+    @property
+    def status(self) -> str:
+        """The row's last column."""
+        if self.fused:
+            return "fused" if self.reason is None else f"fused, runs composed: {self.reason}"
+        return "can be fused" if self.reason is None else f"declined: {self.reason}"
+
+
+class Report(list[Row]):
+    """The rows of a model, which print as a table."""
+
+    def __str__(self) -> str:
+        if not self:
+            return "no bottleneck blocks"
+        head = ("block", "class", "")
+        table = [head, *((row.name or "(the model)", row.kind, row.status) for row in self)]
+        widths = [max(len(line[i]) for line in table) for i in range(2)]
+        lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in table]
+        return "\n".join([*lines, self.summary()])
+
+    __repr__ = __str__
+
+    def summary(self) -> str:
+        """How many there are of each."""
+        fused = sum(row.fused for row in self)
+        ready = sum(not row.fused and row.reason is None for row in self)
+        return (
+            f"{len(self)} blocks: {fused} fused, {ready} can be fused, "
+            f"{len(self) - fused - ready} declined"
+        )
+
+
+def explain(model: nn.Module) -> Report:
+    """The bottleneck blocks of a model, with the reason for each that is not fused.
+
+    Changes nothing. The rows print as a table: ``print(explain(model))``. Whether an input or a
+    device keeps a block from running fused is not asked; ``block.why_not_fused(x)`` tells.
+
+    Raises:
+        TypeError: model is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    rows = Report()
+    for finding in adapters.survey(model):
+        kind = type(finding.module)
+        if finding.fused:
+            kind = finding.module.plain_class  # type: ignore[assignment]
+        reason = finding.reason or checks.disabled()
+        rows.append(Row(finding.name, class_path(kind), finding.fused, reason))
+    return rows
