@@ -96,7 +96,7 @@ def reason(block: nn.Module, layout: Layout) -> str | None:
     for path in layout.idle:
         module = attribute(block, path)
         if module is not None and checks.child(path, module, nn.Identity) is not None:
-            return f"{path} is a {type(module).__name__}"
+            return f"{path} is not empty, but {type(module).__name__}"
     for path in layout.flags:
         if attribute(block, path):
             return f"{path} is set"

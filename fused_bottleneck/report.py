@@ -46,8 +46,9 @@ class Report(list[Row]):
         """How many there are of each."""
         fused = sum(row.fused for row in self)
         ready = sum(not row.fused and row.reason is None for row in self)
+        noun = "block" if len(self) == 1 else "blocks"
         return (
-            f"{len(self)} blocks: {fused} fused, {ready} can be fused, "
+            f"{len(self)} {noun}: {fused} fused, {ready} can be fused, "
             f"{len(self) - fused - ready} declined"
         )
 

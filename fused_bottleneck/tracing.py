@@ -235,7 +235,7 @@ class _Match:
     def _describe(self, node: fx.Node) -> str:
         child = self._child(node)
         if child is not None:
-            return f"{node.target}, a {type(child).__name__}"
+            return f"{node.target} ({type(child).__name__})"
         if node.op == "placeholder":
             return "its input"
         target = node.target
