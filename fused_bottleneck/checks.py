@@ -47,6 +47,13 @@ def tensor(x: Any) -> Problem:
     return TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
 
 
+def module(model: Any) -> Problem:
+    """model is a module."""
+    if isinstance(model, nn.Module):
+        return None
+    return TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def _input(x: Tensor) -> Problem:
     if x.dim() != 4:
         return ValueError(f"x must be [N, C, H, W], got {x.dim()} dimensions: {_shape(x)}")

@@ -100,8 +100,7 @@ def fuse(
         ValueError: strict, and a block was declined or nothing found; names and reasons are in
             the message, and nothing was changed.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.raise_if(checks.module(model))
     if checks.disabled():
         return model
     findings = adapters.survey(model)
@@ -146,7 +145,11 @@ def unfuse(model: Model) -> Model:
 
     The inverse of ``fuse``; a FusedBottleneck becomes a Bottleneck. Classes that users derived
     from it stay.
+
+    Raises:
+        TypeError: model is not a module.
     """
+    checks.raise_if(checks.module(model))
     for module in model.modules():
         if isinstance(module, FusedBlock) and "plain_class" in vars(type(module)):
             _with_class(module, module.plain_class)

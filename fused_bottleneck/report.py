@@ -62,8 +62,7 @@ def explain(model: nn.Module) -> Report:
     Raises:
         TypeError: model is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.raise_if(checks.module(model))
     rows = Report()
     for finding in adapters.survey(model):
         kind = type(finding.module)

@@ -29,17 +29,30 @@ class _Called(NamedTuple):
     result: fx.Node
 
 
+class _Proxy(fx.Proxy):
+    """Tells ``a += b`` from ``a = a + b``, which torch.fx records alike."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
-    """Notes every call of a child besides, as those of containers leave no node."""
+    """Notes every call of a child besides, as those of containers leave no node.
+
+    Runs no hooks: they are looked for afterwards, and are nobody's business here.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[_Called] = []
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict
     ) -> Any:
-        result = super().call_module(m, forward, args, kwargs)
+        result = super().call_module(m, m.forward, args, kwargs)
         proxies = [value for value in (*args, result) if isinstance(value, fx.Proxy)]
         if len(args) == 1 and len(proxies) == 2 and not kwargs:
             source, made = proxies
