@@ -588,9 +588,9 @@ def test_importing_the_command_leaves_the_function() -> None:
 
 @pytest.mark.slow
 def test_command_in_its_own_process() -> None:
+    arguments = ["fused_bottleneck.Bottleneck", "16", "4"]
     result = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "fused_bottleneck.explain"]
-        + ["fused_bottleneck.Bottleneck", "16", "4"],
+        [sys.executable, "-W", "error", "-m", "fused_bottleneck.explain", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
