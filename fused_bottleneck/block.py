@@ -1,6 +1,7 @@
 """``FusedBlock``: the fused forward of every bottleneck block, whatever its children are called."""
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -9,6 +10,21 @@ from torch import Tensor, nn
 from . import checks, functional, layout
 from .functional import Unit
 from .layout import Layout
+
+
+def composed_method(plain: type[nn.Module]) -> Callable[..., Tensor]:
+    """The forward of a plain class, under the name of a method of its fused class.
+
+    torch.jit compiles a method by the name that its function has, and forward is another one.
+    """
+    forward = plain.forward
+    if not isinstance(forward, FunctionType):
+        return forward
+    code, defaults = forward.__code__, forward.__defaults__
+    method = FunctionType(code, forward.__globals__, "composed", defaults, forward.__closure__)
+    method.__kwdefaults__ = forward.__kwdefaults__
+    method.__annotations__ = forward.__annotations__
+    return method
 
 
 class _Call(NamedTuple):

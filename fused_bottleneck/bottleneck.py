@@ -1,6 +1,6 @@
 """``FusedBottleneck``: the bottleneck block as a drop-in module."""
 
-from .block import FusedBlock
+from .block import FusedBlock, composed_method
 from .layout import Layout
 from .reference import Bottleneck
 
@@ -20,4 +20,4 @@ class FusedBottleneck(FusedBlock, Bottleneck):
 
     plain_class = Bottleneck
     plain_layout = Layout(shortcut="identity_downsample")
-    composed = Bottleneck.forward
+    composed = composed_method(Bottleneck)

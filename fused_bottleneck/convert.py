@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from . import adapters, checks
-from .block import FusedBlock
+from .block import FusedBlock, composed_method
 from .bottleneck import FusedBottleneck
 from .layout import Layout
 from .reference import Bottleneck
@@ -55,7 +55,7 @@ def _made_class(plain: type[nn.Module], layout: Layout) -> type[FusedBlock]:
         "__doc__": f"Fused {plain.__module__}.{plain.__qualname__}.",
         "plain_class": plain,
         "plain_layout": layout,
-        "composed": plain.forward,
+        "composed": composed_method(plain),
     }
     argument = next(name for name in inspect.signature(plain.forward).parameters if name != "self")
     if argument != "x":

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -150,7 +151,9 @@ def test_hooks() -> None:
         for path in ("layer1.0", "layer2.0.conv2", "layer2.0.downsample.1", "layer4.0.relu"):
             child = model.get_submodule(path)
             child.register_forward_hook(lambda *a, n=name, p=path: seen[n].append(p))
-            child.register_full_backward_hook(lambda *a, n=name, p=path: seen[n].append(f"-{p}"))
+            if not path.endswith("relu"):  # in place: nn refuses
+                hook = child.register_full_backward_hook
+                hook(lambda *a, n=name, p=path: seen[n].append(f"-{p}"))
     found = reasons(fused, images())
     assert [reason is None for reason in found] == [True, True, False, True, False]
     reasons(plain, images())
@@ -253,7 +256,7 @@ def test_autocast_with_a_scaler(dtype: torch.dtype) -> None:
         assert {b.dtype for b in model.buffers()} == {torch.float32, torch.int64}
         assert found[-1] < found[0]
         outs.append(found)
-    assert outs[1] == pytest.approx(outs[0], rel=0.05)
+    assert outs[1] == pytest.approx(outs[0], abs=0.05 * outs[0][0])
 
 
 def test_a_scaler_finds_infinities() -> None:
@@ -307,17 +310,16 @@ def test_memory_formats(images_last: bool, weights_last: bool) -> None:
 
 def test_checkpointing() -> None:
     """Statistics update twice, as nn's do."""
-    from torch.utils.checkpoint import checkpoint_sequential
+    from torch.utils.checkpoint import checkpoint
 
     results = []
     for model in pair():
-        model.layer1.requires_grad_(True)
-        layers = nn.Sequential(*list(model.children())[:-1], nn.Flatten(1), model.fc)
-        x = images().requires_grad_()
-        checkpoint_sequential(layers, 4, x, use_reentrant=False).square().sum().backward()
-        grads = {f"grad {n}": p.grad for n, p in model.named_parameters()}
-        results.append(grads | {n: b.clone() for n, b in model.named_buffers()})
+        for layer in (model.layer1, model.layer2, model.layer3, model.layer4):
+            plain_forward = layer.forward
+            layer.forward = partial(checkpoint, plain_forward, use_reentrant=False)
+        results.append(step(model, images()))
     assert_close(results[1], results[0], FLOAT64)
+    assert int(results[1]["layer1.0.bn1.num_batches_tracked"]) == 2
 
 
 def test_func_and_forward_mode() -> None:
@@ -379,10 +381,9 @@ def composed_graph(text: str) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [True, False])
-def test_compile(training: bool) -> None:
+def test_compile() -> None:
     torch.compiler.reset()
-    plain, fused = (model.train(training) for model in pair())
+    plain, fused = pair()
     graphs: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable:
@@ -600,12 +601,13 @@ def test_sync_batch_norm_conversion_finds_the_norms() -> None:
     ids=["channels", "dtype", "one value per channel", "None"],
 )
 def test_bad_input(make: Callable[[], object]) -> None:
+    x = make()
     outcomes = []
     models = pair()
     for model in models:
-        with pytest.raises(Exception, match="") as error:
-            model(make())
-        outcomes.append((type(error.value), str(error.value)))
+        with pytest.raises((RuntimeError, TypeError, ValueError)) as error:
+            model(x)
+        outcomes.append((error.type, str(error.value)))
     assert outcomes[1] == outcomes[0]
     for got, want in zip(models[1].buffers(), models[0].buffers(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
