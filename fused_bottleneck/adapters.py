@@ -6,7 +6,9 @@ from torch import Tensor, fx, jit, nn
 
 from . import checks, layout, tracing
 from .block import FusedBlock
-from .layout import Container, Layout
+from .conv_bn_relu import FusedUnit
+from .fused_module import FusedModule
+from .layout import Container, Layout, UnitLayout
 from .modules import class_path
 
 _HF_LAYERS = tuple(
@@ -50,31 +52,65 @@ KNOWN: dict[str, Layout] = {
     ),
 }
 
+# Modules that are, or start with, conv+BN+ReLU.
+STEMS: dict[str, UnitLayout] = {
+    "fused_bottleneck.reference.ConvBNReLU": UnitLayout("conv", "bn", "relu"),
+    "torchvision.models.resnet.ResNet": UnitLayout("conv1", "bn1", "relu", has_rest=True),
+    "timm.models.resnet.ResNet": UnitLayout("conv1", "bn1", "act1", has_rest=True),
+    "transformers.models.resnet.modeling_resnet.ResNetConvLayer": UnitLayout(
+        "convolution", "normalization", "activation"
+    ),
+    "torchvision.models.segmentation.deeplabv3.ASPPConv": UnitLayout(
+        "0", "1", "2", (Container("", "", ("0", "1", "2")),)
+    ),
+}
+
 # A shortcut with more convolutions than this is no block's.
 _MOST_CONVOLUTIONS = 8
 
 
+_OWN_FORWARD = "its forward was replaced on the instance"
+
+
 class Finding(NamedTuple):
-    """A bottleneck block, or what looks like one, in a model.
+    """A bottleneck block, or what looks like one, in a model; or a stem.
 
     name: its path; empty for the model itself. layout: None where it is declined, which reason
-    explains. A block that is fused already may have a reason too, why it runs composed for now.
+    explains. What is fused already may have a reason too, why it runs composed for now.
     """
 
     name: str
     module: nn.Module
-    layout: Layout | None
+    layout: Layout | UnitLayout | None
     reason: str | None
 
     @property
     def fused(self) -> bool:
-        """Whether it is a fused block already."""
-        return isinstance(self.module, FusedBlock)
+        """Whether it is fused already."""
+        return isinstance(self.module, FusedModule)
 
 
 def survey(model: nn.Module) -> list[Finding]:
     """The bottleneck blocks of a model, and what looks like one, each once, in its order."""
     return _survey("", model, set())
+
+
+def survey_stems(model: nn.Module) -> list[Finding]:
+    """The conv+BN+ReLU units of a model's known classes that are not inside its blocks."""
+    blocks = {id(m) for f in survey(model) for m in f.module.modules()}
+    found = []
+    for name, module in model.named_modules():
+        kind = class_path(type(module))
+        if isinstance(module, FusedUnit):
+            reason = layout.unit_reason(module, module.plain_layout)
+            found.append(Finding(name, module, module.plain_layout, reason))
+        elif kind in STEMS and id(module) not in blocks:
+            where = STEMS[kind]
+            reason = layout.unit_reason(module, where)
+            if reason is None and "forward" in module.__dict__:
+                reason = _OWN_FORWARD
+            found.append(Finding(name, module, where if reason is None else None, reason))
+    return found
 
 
 def _survey(name: str, module: nn.Module, visited: set[int]) -> list[Finding]:
@@ -123,7 +159,7 @@ def _looks_like_block(module: nn.Module) -> bool:
 def instance_reason(block: nn.Module, where: Layout) -> str | None:
     """Why this block of a class that can be fused can not be; None if it can."""
     if "forward" in block.__dict__:
-        return "its forward was replaced on the instance"
+        return _OWN_FORWARD
     for name, module in block.named_modules():
         if type(module).__module__.startswith("torch.ao."):
             return f"{name} is a {type(module).__name__}, of torch's quantization tools"

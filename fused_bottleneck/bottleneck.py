@@ -1,6 +1,7 @@
 """``FusedBottleneck``: the bottleneck block as a drop-in module."""
 
-from .block import FusedBlock, composed_method
+from .block import FusedBlock
+from .fused_module import composed_method
 from .layout import Layout
 from .reference import Bottleneck
 

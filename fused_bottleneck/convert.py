@@ -9,16 +9,21 @@ from typing import Any, TypeVar
 from torch import nn
 
 from . import adapters, checks
-from .block import FusedBlock, composed_method
+from .block import FusedBlock
 from .bottleneck import FusedBottleneck
-from .layout import Layout
-from .reference import Bottleneck
+from .conv_bn_relu import FusedConvBNReLU, FusedUnit
+from .fused_module import FusedModule, composed_method
+from .layout import Layout, UnitLayout
+from .reference import Bottleneck, ConvBNReLU
 
 Model = TypeVar("Model", bound=nn.Module)
 Filter = Callable[[str, nn.Module], bool]
 
 
-class ConvertedBlock(FusedBlock):
+AnyLayout = Layout | UnitLayout
+
+
+class Converted(FusedModule):
     """Base of the classes that ``fuse`` makes, which no module has by name.
 
     They are pickled as the plain class and its layout, and made anew where they are loaded.
@@ -31,25 +36,34 @@ class ConvertedBlock(FusedBlock):
         return restored, (self.plain_layout, make, *plain), *state
 
 
-def restored(layout: Layout, make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
-    """An unpickled block, before its state is set; make(*arguments) is the plain one."""
-    block = make(*arguments)
-    return _with_class(block, fused_class(type(block), layout))
+class ConvertedBlock(Converted, FusedBlock):
+    """Base of the classes made of classes of bottleneck blocks."""
 
 
-_classes: dict[tuple[type[nn.Module], Layout], type[FusedBlock]] = {}
+class ConvertedUnit(Converted, FusedUnit):
+    """Base of the classes made of classes with a conv+BN+ReLU."""
 
 
-def fused_class(plain: type[nn.Module], layout: Layout) -> type[FusedBlock]:
-    """The fused subclass of a class of bottleneck blocks that has that layout; always the same."""
-    if plain is Bottleneck:
-        return FusedBottleneck
+def restored(layout: AnyLayout, make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+    """An unpickled module, before its state is set; make(*arguments) is the plain one."""
+    module = make(*arguments)
+    return _with_class(module, fused_class(type(module), layout))
+
+
+_classes: dict[tuple[type[nn.Module], AnyLayout], type[FusedModule]] = {
+    (Bottleneck, FusedBottleneck.plain_layout): FusedBottleneck,
+    (ConvBNReLU, FusedConvBNReLU.plain_layout): FusedConvBNReLU,
+}
+
+
+def fused_class(plain: type[nn.Module], layout: AnyLayout) -> type[FusedModule]:
+    """The fused subclass of a class that has that layout; always the same."""
     if (plain, layout) not in _classes:
         _classes[plain, layout] = _made_class(plain, layout)
     return _classes[plain, layout]
 
 
-def _made_class(plain: type[nn.Module], layout: Layout) -> type[FusedBlock]:
+def _made_class(plain: type[nn.Module], layout: AnyLayout) -> type[FusedModule]:
     members = {
         "__module__": __name__,
         "__doc__": f"Fused {plain.__module__}.{plain.__qualname__}.",
@@ -60,12 +74,13 @@ def _made_class(plain: type[nn.Module], layout: Layout) -> type[FusedBlock]:
     argument = next(name for name in inspect.signature(plain.forward).parameters if name != "self")
     if argument != "x":
         members["forward"] = _forward_of(argument)
-    return type(f"Fused{plain.__name__}", (ConvertedBlock, plain), members)
+    base = ConvertedBlock if isinstance(layout, Layout) else ConvertedUnit
+    return type(f"Fused{plain.__name__}", (base, plain), members)
 
 
 def _forward_of(argument: str) -> FunctionType:
-    """FusedBlock.forward with its argument called so, for calls by keyword and for tracers."""
-    forward = FusedBlock.forward
+    """FusedModule.forward with its argument called so, for calls by keyword and for tracers."""
+    forward = FusedModule.forward
     names = tuple(argument if n == "x" else n for n in forward.__code__.co_varnames)
     code = forward.__code__.replace(co_varnames=names)
     return FunctionType(code, forward.__globals__, forward.__name__)
@@ -91,6 +106,8 @@ def fuse(
         filter_fn: called with the name and the module of each block that can be fused; those for
             which it is false are left.
         strict: raise unless there is something to fuse and nothing had to be declined.
+        stem: also fuse the convolution, normalisation and ReLU that a known ResNet starts with,
+            and those of DeepLab's head.
 
     Returns:
         The model.
@@ -104,6 +121,8 @@ def fuse(
     if checks.disabled():
         return model
     findings = adapters.survey(model)
+    if stem:
+        findings += adapters.survey_stems(model)
     if strict:
         _require_all(findings)
     if not any(f.layout is not None for f in findings):
@@ -141,16 +160,16 @@ def _swap(chosen: Sequence[tuple[nn.Module, type[nn.Module]]]) -> None:
 
 
 def unfuse(model: Model) -> Model:
-    """Make the fused blocks of a model plain again, in place, and return the model.
+    """Make the fused modules of a model plain again, in place, and return the model.
 
-    The inverse of ``fuse``; a FusedBottleneck becomes a Bottleneck. Classes that users derived
-    from it stay.
+    The inverse of ``fuse``; a FusedBottleneck becomes a Bottleneck, a FusedConvBNReLU a
+    ConvBNReLU. Classes that users derived from them stay.
 
     Raises:
         TypeError: model is not a module.
     """
     checks.raise_if(checks.module(model))
     for module in model.modules():
-        if isinstance(module, FusedBlock) and "plain_class" in vars(type(module)):
+        if isinstance(module, FusedModule) and "plain_class" in vars(type(module)):
             _with_class(module, module.plain_class)
     return model

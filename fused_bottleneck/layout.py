@@ -56,6 +56,21 @@ class Layout:
     adds_in_place: bool = True
 
 
+@dataclass(frozen=True)
+class UnitLayout:
+    """Where a class keeps ``relu(norm(conv(x)))``.
+
+    containers: as in ``Layout``. has_rest: whether the class goes on from there; its three parts
+    are then direct children, and used for nothing else.
+    """
+
+    conv: str
+    norm: str
+    activation: str
+    containers: tuple[Container, ...] = ()
+    has_rest: bool = False
+
+
 class Parts(NamedTuple):
     """The parts of a block as they are now: units to fuse, and the shortcut if it must be called.
 
@@ -126,10 +141,7 @@ def _parts_reason(block: nn.Module, layout: Layout) -> str | None:
     if isinstance(layout.shortcut, tuple):
         units = (*units, layout.shortcut)
     for conv, norm in units:
-        problem = checks.child(conv, attribute(block, conv), nn.Conv2d)
-        if problem is None:
-            module = attribute(block, norm)
-            problem = checks.child(norm, module, norm_class(module))
+        problem = _pair_reason(block, conv, norm)
         if problem is not None:
             return problem
     for path in layout.activations:
@@ -140,15 +152,44 @@ def _parts_reason(block: nn.Module, layout: Layout) -> str | None:
     return None
 
 
+def _pair_reason(block: nn.Module, conv: str, norm: str) -> str | None:
+    module = attribute(block, norm)
+    problem = checks.child(conv, attribute(block, conv), nn.Conv2d)
+    return problem or checks.child(norm, module, norm_class(module))
+
+
+def read_unit(module: nn.Module, layout: UnitLayout) -> Parts:
+    """The parts of a module, of which ``unit_reason`` is None."""
+    return Parts([(attribute(module, layout.conv), attribute(module, layout.norm))], None)
+
+
+def unit_reason(module: nn.Module, layout: UnitLayout) -> str | None:
+    """Why the module has no plain conv+BN+ReLU where its layout says; None if it has."""
+    for container in layout.containers:
+        problem = _container_reason(module, container)
+        if problem is not None:
+            return problem
+    problem = _pair_reason(module, layout.conv, layout.norm)
+    return problem or checks.child(layout.activation, attribute(module, layout.activation), nn.ReLU)
+
+
+def norm_promotion(parts: Parts, x: Tensor) -> str | None:
+    """Why a normalisation's output is not of x's dtype, that of the convolutions; None if it is."""
+    for _, norm in parts.pairs:
+        # A fixed affine is a product and a sum with its own vectors, where nn's casts to x's dtype.
+        if not isinstance(norm, nn.BatchNorm2d) and norm.weight.dtype != x.dtype:
+            return f"a {type(norm).__name__} promotes {x.dtype} to {norm.weight.dtype}"
+    return None
+
+
 def promotion(parts: Parts, layout: Layout, x: Tensor, cast_x: Tensor) -> str | None:
     """Why the output is not of the dtype that the convolutions run in; None if it is.
 
     cast_x: x in the autocast dtype, where autocast is on.
     """
-    for _, norm in parts.pairs:
-        # A fixed affine is a product and a sum with its own vectors, where nn's casts to x's dtype.
-        if not isinstance(norm, nn.BatchNorm2d) and norm.weight.dtype != cast_x.dtype:
-            return f"a {type(norm).__name__} promotes {cast_x.dtype} to {norm.weight.dtype}"
+    reason = norm_promotion(parts, cast_x)
+    if reason is not None:
+        return reason
     if not layout.adds_in_place and x.dtype != cast_x.dtype:
         return f"adding x promotes {cast_x.dtype} to {x.dtype}"
     return None

@@ -5,11 +5,12 @@ from typing import NamedTuple
 from torch import nn
 
 from . import adapters, checks
+from .fused_module import FusedModule
 from .modules import class_path
 
 
 class Row(NamedTuple):
-    """One block: its name in the model, its class, whether it is fused, and what stands against it.
+    """One block or stem: its name in the model, its class, and whether it is fused.
 
     reason: None for a block that is fused, or will be by ``fuse``; for one that is fused, why it
     runs as the plain block for now.
@@ -46,28 +47,25 @@ class Report(list[Row]):
         """How many there are of each."""
         fused = sum(row.fused for row in self)
         ready = sum(not row.fused and row.reason is None for row in self)
-        noun = "block" if len(self) == 1 else "blocks"
-        return (
-            f"{len(self)} {noun}: {fused} fused, {ready} can be fused, "
-            f"{len(self) - fused - ready} declined"
-        )
+        return f"{fused} fused, {ready} can be fused, {len(self) - fused - ready} declined"
 
 
 def explain(model: nn.Module) -> Report:
     """The bottleneck blocks of a model, with the reason for each that is not fused.
 
-    Changes nothing. The rows print as a table: ``print(explain(model))``. Whether an input or a
-    device keeps a block from running fused is not asked; ``block.why_not_fused(x)`` tells.
+    A stem has a row where it is fused. Changes nothing. The rows print as a table:
+    ``print(explain(model))``. Whether an input or a device keeps a block from running fused is not
+    asked; ``block.why_not_fused(x)`` tells.
 
     Raises:
         TypeError: model is not a module.
     """
     checks.raise_if(checks.module(model))
     rows = Report()
-    for finding in adapters.survey(model):
-        kind = type(finding.module)
-        if finding.fused:
-            kind = finding.module.plain_class  # type: ignore[assignment]
+    stems = [finding for finding in adapters.survey_stems(model) if finding.fused]
+    for finding in [*stems, *adapters.survey(model)]:
+        module = finding.module
+        kind = module.plain_class if isinstance(module, FusedModule) else type(module)
         reason = finding.reason or checks.disabled()
         rows.append(Row(finding.name, class_path(kind), finding.fused, reason))
     return rows

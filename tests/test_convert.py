@@ -422,7 +422,7 @@ def test_explain_lists_each_block_once() -> None:
     assert [r.fused for r in after] == [True, True, False]
     assert [r.kind for r in after] == [r.kind for r in before]
     text = str(after)
-    assert "3 blocks: 2 fused, 0 can be fused, 1 declined" in text
+    assert "2 fused, 0 can be fused, 1 declined" in text
     assert "blocks.3" in text
     assert str(fb.explain(nn.Linear(2, 2))) == "no bottleneck blocks"
 
@@ -441,6 +441,13 @@ def test_one_class_for_all_instances() -> None:
     assert type(a) is type(b)
     assert type(fb.fuse(block_of(Bottleneck))) is FusedBottleneck
     assert type(fb.unfuse(FusedBottleneck(16, 4))) is Bottleneck
+
+
+def test_stem_of_no_library() -> None:
+    model = nn.Sequential(fb.ConvBNReLU(3, 16, 3), Bottleneck(16, 4))
+    assert [type(m) for m in fb.fuse(model, stem=True)] == [fb.FusedConvBNReLU, FusedBottleneck]
+    assert [row.fused for row in fb.explain(model)] == [True, True]
+    assert [type(m) for m in fb.unfuse(model)] == [fb.ConvBNReLU, Bottleneck]
 
 
 def test_derived_from_fused_bottleneck_stays() -> None:
@@ -567,7 +574,7 @@ def test_command(
     arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command(monkeypatch, "fused_bottleneck.Bottleneck", *arguments)
-    assert "1 block: 0 fused, 1 can be fused, 0 declined" in capsys.readouterr().out
+    assert "0 fused, 1 can be fused, 0 declined" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["nowhere.at_all", "torch.nn.nothing", "torch.pi", "?"])

@@ -384,6 +384,7 @@ def composed_graph(text: str) -> bool:
 def test_compile() -> None:
     torch.compiler.reset()
     plain, fused = pair()
+    fb.fuse(fused, stem=True)
     graphs: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable:
@@ -480,6 +481,7 @@ def test_onnx(dynamo: bool) -> None:
 @pytest.mark.parametrize("method", ["script", "trace"])
 def test_jit(method: str) -> None:
     plain, fused = (model.eval() for model in pair())
+    fb.fuse(fused, stem=True)
     jit = torch.jit.script(fused) if method == "script" else torch.jit.trace(fused, images())
     assert "fused_bottleneck::" not in str(jit.inlined_graph)
     torch.testing.assert_close(jit(images()), plain(images()), rtol=1e-10, atol=1e-10)

@@ -1,6 +1,7 @@
 """The libraries' own models: fused against unfused, in float64 and over training steps."""
 
 import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 import fused_bottleneck as fb
 from benchmarks.model_zoo import MODELS
 from fused_bottleneck import adapters, tracing
+from fused_bottleneck.conv_bn_relu import FusedUnit
 from fused_bottleneck.layout import Container, Layout
 
 
@@ -225,6 +227,75 @@ def test_hooks_inside_a_layer_of_transformers() -> None:
         fused(images(2, 33))
         assert seen.pop() == number
         handle.remove()
+
+
+# Stems.
+
+STEMS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "timm": ("timm.resnet50", TIMM, 1),
+    "transformers": (
+        "transformers.ResNetForImageClassification",
+        {"depths": [1, 1, 1, 1], "num_labels": 5},
+        1,
+    ),
+    "deeplab": ("torchvision.segmentation.deeplabv3_resnet50", {"num_classes": 5}, 3),
+}
+
+
+def stems_of(model: nn.Module) -> list[FusedUnit]:
+    return [module for module in model.modules() if isinstance(module, FusedUnit)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", STEMS)
+def test_stem(case: str) -> None:
+    name, options, count = STEMS[case]
+    plain = model_of(name, **options)
+    fused = fb.fuse(copy.deepcopy(plain), stem=True, strict=True)
+    assert len(stems_of(fused)) == count
+    assert_close(step(fused, images(2, 40)), step(plain, images(2, 40)), FLOAT64)
+
+
+def test_stem_of_torchvision() -> None:
+    """The model itself becomes a fused class: results, copies, tracers, and the way back."""
+    plain, fused = small_resnet(), fb.fuse(small_resnet(), stem=True, strict=True)
+    x = images()
+    assert stems_of(fused) == [fused]
+    assert fused.why_not_fused(x) is None
+    assert isinstance(fused, type(plain))
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    want = step(plain, x)
+    for model in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert type(model) is type(fused)
+        assert_close(step(model, x), want, FLOAT64)
+    plain, traced = small_resnet().eval(), torch.fx.symbolic_trace(fused.eval())
+    torch.testing.assert_close(traced(x), plain(x), rtol=1e-10, atol=1e-10)
+    assert [type(m) for m in fb.unfuse(fused).modules()] == [type(m) for m in plain.modules()]
+
+
+def test_stem_reads_the_model_at_every_call() -> None:
+    """What does the rest is a view: a replaced head, a hook, a frozen norm count at once."""
+    plain, fused = small_resnet(), fb.fuse(small_resnet(), stem=True)
+    seen: list[int] = []
+    for model in (plain, fused):
+        model(images())
+        torch.manual_seed(1)
+        model.fc = nn.Linear(256, 3).double()
+        model.bn1.eval()
+        assert model(images()).shape == (3, 3)
+    assert_close(step(fused, images()), step(plain, images()), FLOAT64)
+    fused.bn1.register_forward_hook(lambda *a: seen.append(1))
+    assert "bn1 has hooks" in str(fused.why_not_fused(images()))
+    assert_close(step(fused, images()), step(plain, images()), FLOAT64)
+    assert seen == [1]
+
+
+def test_deep_stem_is_declined() -> None:
+    model = model_of("timm.resnet50d", **TIMM)
+    with pytest.raises(ValueError, match="conv1 is a Sequential"):
+        fb.fuse(model, stem=True, strict=True)
+    assert not blocks_of(model)
+    assert len(blocks_of(fb.fuse(model, stem=True))) == 5
 
 
 # Training.
