@@ -19,11 +19,10 @@ _HF_LAYERS = tuple(
     )
     for i in range(3)
 )
-_MODIFIED_RESNET_ACTS = ("relu1", "relu2", "relu3")
 
 # The classes of the libraries, by the names they have there: recognising a class imports nothing,
 # as whoever has an instance has imported its library. The tests prove each of these again by
-# its graph.
+# its graph. Other libraries' blocks are found by that alone.
 KNOWN: dict[str, Layout] = {
     "fused_bottleneck.reference.Bottleneck": Layout(shortcut="identity_downsample"),
     "torchvision.models.resnet.Bottleneck": Layout(),
@@ -41,15 +40,6 @@ KNOWN: dict[str, Layout] = {
         ),
     ),
     "monai.networks.nets.resnet.ResNetBottleneck": Layout(activations=("act", "act", "act")),
-    # Where these have a stride, it is that of an average pooling before conv3.
-    "clip.model.Bottleneck": Layout(activations=_MODIFIED_RESNET_ACTS, idle=("avgpool",)),
-    "open_clip.modified_resnet.Bottleneck": Layout(
-        activations=("act1", "act2", "act3"), idle=("avgpool",)
-    ),
-    "mmdet.models.backbones.resnet.Bottleneck": Layout(flags=("with_cp", "with_plugins")),
-    "mmpretrain.models.backbones.resnet.Bottleneck": Layout(
-        idle=("drop_path",), flags=("with_cp",)
-    ),
 }
 
 # Modules that are, or start with, conv+BN+ReLU.

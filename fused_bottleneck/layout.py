@@ -41,7 +41,6 @@ class Layout:
         shortcut: the module called on x, a convolution with its normalisation, or None where the
             class has no place for one.
         idle: children that must do nothing for the formula to hold: absent, None or nn.Identity.
-        flags: attributes that must be false.
         containers: the modules between the block and its parts; the block itself too where its
             class is not known, but its formula was proved with exactly these children.
         adds_in_place: whether the class writes ``out += residual``, which keeps out's dtype.
@@ -51,7 +50,6 @@ class Layout:
     activations: tuple[str | None, ...] = ("relu", "relu", "relu")
     shortcut: str | tuple[str, str] | None = "downsample"
     idle: tuple[str, ...] = ()
-    flags: tuple[str, ...] = ()
     containers: tuple[Container, ...] = ()
     adds_in_place: bool = True
 
@@ -112,9 +110,6 @@ def reason(block: nn.Module, layout: Layout) -> str | None:
         module = attribute(block, path)
         if module is not None and checks.child(path, module, nn.Identity) is not None:
             return f"{path} is not empty, but {type(module).__name__}"
-    for path in layout.flags:
-        if attribute(block, path):
-            return f"{path} is set"
     for container in layout.containers:
         problem = _container_reason(block, container)
         if problem is not None:
