@@ -158,6 +158,20 @@ def test_the_argument_keeps_its_name() -> None:
         fused(x=x)
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(Pasted, torch.bfloat16), (OtherArgument, torch.float32)]
+)
+def test_autocast_keeps_the_dtype_of_the_sum(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    """A float32 input added in place is cast to bfloat16; out of place the sum is float32."""
+    plain = block_of(kind).float()
+    fused = fb.fuse(copy.deepcopy(plain), strict=True)
+    x = input_of(plain).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        want, got = plain(x), fused(x)
+        assert (fused.why_not_fused(x) is None) == (dtype == torch.bfloat16)
+    assert got.dtype == want.dtype == dtype
+
+
 class Twice(Pasted):
     def forward(self, x: Tensor) -> Tensor:
         return self.relu(self.branch(x) + x) * 2
