@@ -70,15 +70,17 @@ kernel-report: venv ## what the compiler makes of the kernels, and their floors;
 bench: build ## measure the block against the reference; write benchmarks/results/
 	$(python) -m benchmarks.bench_block
 
-report: venv ## write the measured tables of README.md and the plots from benchmarks/results/
+report: venv ## write the measured tables of README.md, the plots and docs/compatibility.md
 	$(python) -m benchmarks.report
+	$(python) -m benchmarks.compatibility
 
-lint: venv ## check style, formatting, types, and that README.md holds the measured tables
+lint: venv ## check style, formatting, types, and that the written tables are current
 	$(python) -m ruff check
 	$(python) -m ruff format --check
 	$(VENV)/bin/clang-format --dry-run -Werror $(sources)
 	$(python) -m mypy
 	$(python) -m benchmarks.report --check
+	$(python) -m benchmarks.compatibility --check
 
 format: venv ## format the Python and C++ sources
 	$(python) -m ruff check --fix

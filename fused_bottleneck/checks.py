@@ -47,6 +47,13 @@ def tensor(x: Any) -> Problem:
     return TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
 
 
+def module(model: Any) -> Problem:
+    """model is a module."""
+    if isinstance(model, nn.Module):
+        return None
+    return TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def _input(x: Tensor) -> Problem:
     if x.dim() != 4:
         return ValueError(f"x must be [N, C, H, W], got {x.dim()} dimensions: {_shape(x)}")
@@ -225,10 +232,17 @@ def _plain_tensor(t: Any) -> bool:
     return type(t) in (Tensor, nn.Parameter)
 
 
-def environment(x: Any) -> str | None:
-    """Why nothing can be fused here and now, whatever the module: None if it can."""
+def disabled() -> str | None:
+    """That the environment switches fusing off; None if it does not."""
     if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
         return f"{DISABLE_VARIABLE} is set"
+    return None
+
+
+def environment(x: Any) -> str | None:
+    """Why nothing can be fused here and now, whatever the module: None if it can."""
+    if disabled() is not None:
+        return disabled()
     if torch.compiler.is_exporting():
         return "torch.export captures the composed graph"
     if not _plain_tensor(x):
@@ -264,12 +278,16 @@ def child(name: str, module: nn.Module, expected: type[nn.Module]) -> str | None
     return None
 
 
-def children(named: Iterable[tuple[str, nn.Module, type[nn.Module]]]) -> str | None:
-    """The first reason among the children, or that global module hooks are set."""
+def global_hooks() -> str | None:
+    """That hooks are set which every module's call must run; None if there are none."""
     if any(getattr(nn.modules.module, hooks) for hooks in _GLOBAL_HOOKS):
         return "global module hooks are set"
-    for name, module, expected in named:
-        reason = child(name, module, expected)
-        if reason is not None:
-            return reason
     return None
+
+
+def children(named: Iterable[tuple[str, nn.Module, type[nn.Module]]]) -> str | None:
+    """The first reason among the children, or that global module hooks are set."""
+    problem = global_hooks()
+    for name, module, expected in named:
+        problem = problem or child(name, module, expected)
+    return problem
