@@ -26,20 +26,31 @@ from .operands import (
 )
 from .stages import ConvTerm, GradSums, InputTerm, Operand, Stages
 from .tail import TailBackward, TailState
-from .units import Unit, UnitGrads, UnitState, activation, conv_grad, unit_grads, unit_state
+from .units import (
+    Unit,
+    UnitGrads,
+    UnitState,
+    activation,
+    batch_activation,
+    conv_grad,
+    unit_grads,
+    unit_state,
+)
 
 _NARROW_TENSORS = 7  # y1, y2, mask, and mean and invstd of the two narrow normalisations
 
 
 def _conv_unit(
     stages: Stages, source: Tensor | Activation, unit: Unit
-) -> tuple[Tensor, UnitState, list[Tensor]]:
-    """F1, F2: a convolution's output, the state of its normalisation, and what is reported."""
+) -> tuple[Activation, UnitState, list[Tensor]]:
+    """F1, F2: a convolution's output, normalised, as an operand; the state of the normalisation,
+    and what is reported."""
     if not unit.batch:
         y = stages.conv(source, unit.weight, unit.geometry)
-        return y, unit_state(unit, unit.fixed_moments()), []
+        state = unit_state(unit, unit.fixed_moments())
+        return activation(y, unit, state), state, []
     y, moments = stages.conv_forward(source, unit.weight, unit.geometry)
-    return y, unit_state(unit, moments), unit.reported(moments)
+    return batch_activation(stages, y, unit, moments)
 
 
 def _convolutions(units: Sequence[Unit]) -> list[tuple[Tensor, Geometry]]:
@@ -82,10 +93,8 @@ def bottleneck_forward(
     """
     with stages_for(x, _convolutions(units)) as stages:
         x = stages.channels_last(x)
-        y1, state1, reported1 = _conv_unit(stages, x, units[0])
-        act1 = activation(y1, units[0], state1)
-        y2, state2, reported2 = _conv_unit(stages, act1, units[1])
-        act2 = activation(y2, units[1], state2)
+        act1, state1, reported1 = _conv_unit(stages, x, units[0])
+        act2, state2, reported2 = _conv_unit(stages, act1, units[1])
         operands: list[Operand] = [_tail_operand(stages, act2, units[1], units[2])]
         residuals = []
         if len(units) > 3:
@@ -93,13 +102,13 @@ def bottleneck_forward(
         else:
             residuals.append(x if shortcut is None else shortcut)
         tails = [
-            tail.forward(unit, stages, operand, pixels(y2))
+            tail.forward(unit, stages, operand, pixels(act2.y))
             for unit, operand in zip(units[2:], operands, strict=True)
         ]
         terms = [t.term for t in tails if t.term is not None]
         residuals += [t.added for t in tails if t.added is not None]
         out, mask = stages.tail_forward(terms, residuals, channels_last)
-    saved = [y1, y2, mask, *state1, *state2, *(s for t in tails for s in t.state.tensors())]
+    saved = [act1.y, act2.y, mask, *state1, *state2, *(s for t in tails for s in t.state.tensors())]
     return out, saved, [*reported1, *reported2, *(r for t in tails for r in t.reported)]
 
 
@@ -193,11 +202,11 @@ def bottleneck_backward(
             stages, units[2:], states, operands, grad, pixels(y2), needs_weight[2:]
         )
         g2, sums2 = _operand_gradient(stages, tails[0], grad, units[2].weight, act2, state2.invstd)
-        dy2 = conv_grad(units[1], y2, state2, g2, sums2, act2.scale)
+        dy2 = conv_grad(stages, units[1], y2, state2, g2, sums2, act2.scale)
         geometry = units[1].geometry
         g1, sums1 = stages.conv_dgrad(dy2, units[1].weight, geometry, act1, state1.invstd)
         dw2 = _weight_grad(stages, dy2, act1, units[1], needs_weight[1])
-        dy1 = conv_grad(units[0], y1, state1, g1, sums1, act1.scale)
+        dy1 = conv_grad(stages, units[0], y1, state1, g1, sums1, act1.scale)
         dw1 = _weight_grad(stages, dy1, x, units[0], needs_weight[0])
         grad_x = grad_shortcut = None
         if needs_x:
@@ -235,9 +244,9 @@ def conv_bn_relu_forward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Forward of ``relu(bn(conv(x)))``: out, ``[y, mean, invstd]``, and the batch statistics."""
     with stages_for(x, _convolutions([unit])) as stages:
-        y, state, reported = _conv_unit(stages, stages.channels_last(x), unit)
-        out = stages.activation(activation(y, unit, state), channels_last)
-    return out, [y, *state], reported
+        act, state, reported = _conv_unit(stages, stages.channels_last(x), unit)
+        out = stages.activation(act, channels_last)
+    return out, [act.y, *state], reported
 
 
 def conv_bn_relu_backward(
@@ -255,7 +264,7 @@ def conv_bn_relu_backward(
         x = stages.channels_last(x)
         act = activation(y, unit, state)
         g, sums = stages.relu_backward(grad_out, act, state.invstd)
-        dy = conv_grad(unit, y, state, g, sums, act.scale)
+        dy = conv_grad(stages, unit, y, state, g, sums, act.scale)
         dweight = _weight_grad(stages, dy, x, unit, needs_weight)
         grad_x = None
         if needs_x:

@@ -194,7 +194,7 @@ def test_not_finite(value: float) -> None:
 @pytest.fixture
 def triton_block(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The programs with the Triton stages, on the way that CUDA takes."""
-    monkeypatch.setattr(program, "stages_for", lambda x, convs: TritonStages(x))
+    monkeypatch.setattr(program, "stages_for", lambda x, convs, backend=None: TritonStages(x))
     monkeypatch.setattr(tail, "uses_gram", lambda *sizes: True)
     with config.forced(Config(64, 32, 32, rows=50)):
         yield
