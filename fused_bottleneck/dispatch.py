@@ -46,9 +46,9 @@ def stages_for(x: Tensor, convs: Sequence[Shape], backend: str | None = None) ->
         RuntimeError: a backend was asked for that cannot serve.
     """
     asked = requested_backend(backend)
-    chosen = default_backend(x, convs) if asked is None else asked
     if asked is not None:
         _require(asked, x, convs)
+    chosen = asked or default_backend(x, convs)
     if chosen == "triton":
         return _kernels()(x)
     if chosen == "torch":
@@ -142,10 +142,14 @@ def _on_kernels(x: Tensor) -> bool:
     return x.device.type == "cuda" or (x.device.type == "meta" and launch.is_recording())
 
 
-def why_no_kernels(x: Tensor, convs: Sequence[Shape], backend: str | None = None) -> str | None:
+def why_no_kernels(x: Tensor, convs: Sequence[Shape]) -> str | None:
     """Why nothing of this library takes these convolutions on x's device, in one sentence; None if
-    something does, as on CPU it always does. A backend that is asked for is for ``stages_for``."""
-    if x.device.type == "cpu" or requested_backend(backend) is not None:
+    something does, as on CPU it always does.
+
+    Where a backend is asked for it is ``stages_for`` that says why it cannot serve. While compiling
+    only the Triton kernels count: what the vendor's libraries would do is the compiler's work.
+    """
+    if x.device.type == "cpu" or requested_backend(None) is not None:
         return None
     if not torch.compiler.is_compiling() and _why_no_passes(x) is None:
         return None

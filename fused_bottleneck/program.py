@@ -76,7 +76,11 @@ def _downsample_operand(stages: Stages, x: Tensor, unit: Unit) -> StridedInput:
 
 
 def bottleneck_forward(
-    x: Tensor, shortcut: Tensor | None, units: Sequence[Unit], channels_last: bool
+    x: Tensor,
+    shortcut: Tensor | None,
+    units: Sequence[Unit],
+    channels_last: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Forward of the block.
 
@@ -86,12 +90,13 @@ def bottleneck_forward(
             else x.
         units: conv1, conv2, conv3[, downsample].
         channels_last: layout of out.
+        backend: see ``dispatch.stages_for``.
 
     Returns:
         out ``[N, 4M, H', W']``; what backward needs: ``[y1, y2, mask, *states]``; the batch mean
         and variance of every normalisation that uses them, in the order of the units.
     """
-    with stages_for(x, _convolutions(units)) as stages:
+    with stages_for(x, _convolutions(units), backend) as stages:
         x = stages.channels_last(x)
         act1, state1, reported1 = _conv_unit(stages, x, units[0])
         act2, state2, reported2 = _conv_unit(stages, act1, units[1])
@@ -174,6 +179,7 @@ def bottleneck_backward(
     needs_weight: Sequence[bool],
     identity: bool,
     channels_last: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor | None, Tensor | None, list[UnitGrads]]:
     """Backward of the block: gradients of x, of a given shortcut, and of every unit's parameters.
 
@@ -184,13 +190,14 @@ def bottleneck_backward(
         needs_x, needs_shortcut, needs_weight: what to compute.
         identity: whether the residual was x itself.
         channels_last: layout of grad_x.
+        backend: see ``dispatch.stages_for``.
     """
     y1, y2, mask = saved[:3]
     state1, state2 = UnitState(*saved[3:5]), UnitState(*saved[5:_NARROW_TENSORS])
     tail_weights = [unit.weight for unit in units[2:]]
     tail_batch = [unit.batch for unit in units[2:]]
     states = tail.unpack_states(tail_weights, tail_batch, pixels(y2), saved[_NARROW_TENSORS:])
-    with stages_for(x, _convolutions(units)) as stages:
+    with stages_for(x, _convolutions(units), backend) as stages:
         x = stages.channels_last(x)
         grad = MaskedGrad(stages.channels_last(grad_out), mask)
         act1 = activation(y1, units[0], state1)
@@ -240,10 +247,10 @@ def _weight_grad(
 
 
 def conv_bn_relu_forward(
-    x: Tensor, unit: Unit, channels_last: bool
+    x: Tensor, unit: Unit, channels_last: bool, backend: str | None = None
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Forward of ``relu(bn(conv(x)))``: out, ``[y, mean, invstd]``, and the batch statistics."""
-    with stages_for(x, _convolutions([unit])) as stages:
+    with stages_for(x, _convolutions([unit]), backend) as stages:
         act, state, reported = _conv_unit(stages, stages.channels_last(x), unit)
         out = stages.activation(act, channels_last)
     return out, [act.y, *state], reported
@@ -257,10 +264,11 @@ def conv_bn_relu_backward(
     needs_x: bool,
     needs_weight: bool,
     channels_last: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor | None, UnitGrads]:
     """Backward of ``relu(bn(conv(x)))``: gradients of x and of the unit's parameters."""
     y, state = saved[0], UnitState(*saved[1:])
-    with stages_for(x, _convolutions([unit])) as stages:
+    with stages_for(x, _convolutions([unit]), backend) as stages:
         x = stages.channels_last(x)
         act = activation(y, unit, state)
         g, sums = stages.relu_backward(grad_out, act, state.invstd)

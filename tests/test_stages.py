@@ -1,4 +1,4 @@
-"""Each stage of the CPU implementation against the plain PyTorch one, one image at a time."""
+"""Each stage of the CPU and vendor implementations against the plain PyTorch one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +29,7 @@ from fused_bottleneck.stages import (
     pack_bits,
     unpack_bits,
 )
+from fused_bottleneck.vendor import VendorStages
 
 pytestmark = pytest.mark.skipif(not extension.load(), reason=extension.reason())
 
@@ -183,17 +184,24 @@ def tensors_of(result: Any) -> list[Tensor]:
     return [t for part in result for t in tensors_of(part)]
 
 
-@pytest.mark.parametrize("chunks", ["all at once", "one image at a time"])
+IMPLEMENTATIONS: dict[str, type[Stages]] = {
+    "cpu, all at once": CpuStages,
+    "cpu, one image at a time": CpuStages,
+    "vendor": VendorStages,
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage(
-    stage: str, dtype: torch.dtype, chunks: str, monkeypatch: pytest.MonkeyPatch
+    stage: str, dtype: torch.dtype, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if chunks == "one image at a time":
+    if implementation.endswith("one image at a time"):
         one_image_at_a_time(monkeypatch)
     with Stages() as plain:
         want = tensors_of(STAGES[stage](plain, Data(dtype)))
-    with CpuStages() as stages:
+    with IMPLEMENTATIONS[implementation]() as stages:
         got = tensors_of(STAGES[stage](stages, Data(dtype)))
     tolerance = SAME_FORMULA[dtype]
     assert len(got) == len(want) > 0
