@@ -180,11 +180,11 @@ def architecture_flags(nvcc: Path) -> list[str]:
     return [flag for code in codes for flag in ("-gencode", code)]
 
 
-def compile_kernels(nvcc: Path, folder: Path) -> list[str]:
+def compile_kernels(nvcc: Path, architectures: list[str], folder: Path) -> list[str]:
     """Compile every csrc/cuda/*.cu; ptxas's report of registers and spills stays beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++17", "-O3", "-fmad=false", "-Xptxas", "-v", "-cudart", "static"]
-    flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", *architecture_flags(nvcc)]
+    flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden", *architectures]
 
     def compiled(source: Path) -> str:
         target = folder / f"{source.stem}.cu.o"
@@ -209,6 +209,7 @@ def build_arguments() -> dict[str, object]:
     from torch.utils.cpp_extension import BuildExtension, is_ninja_available
 
     nvcc = find_nvcc()
+    architectures = architecture_flags(nvcc) if nvcc else []
 
     class BuildPasses(BuildExtension):
         """torch's builder, with ninja only where it is there, a plain word on no compiler, and the
@@ -223,7 +224,9 @@ def build_arguments() -> dict[str, object]:
 
         def build_extension(self, ext: Extension) -> None:
             if nvcc is not None and ext.name.endswith("_cuda"):
-                ext.extra_objects = compile_kernels(nvcc, Path(self.build_temp, "cuda"))
+                ext.extra_objects = compile_kernels(
+                    nvcc, architectures, Path(self.build_temp, "cuda")
+                )
             super().build_extension(ext)
 
     return {

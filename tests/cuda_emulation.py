@@ -63,7 +63,8 @@ def _build(target: Path) -> None:
 
     def compile_one(source: Path, target: str) -> None:
         command = [*COMPILER, *FLAGS, "-x", "c++", "-c", str(source), "-o", target]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, SOURCES, objects))

@@ -94,20 +94,23 @@ __global__ void __launch_bounds__(kRowThreads)
   mean = row_sum(mean);
   offset = row_sum(offset);
   if (var < A(0)) var = 0;  // NaN stays
+  A* vectors = static_cast<A*>(p.vectors) + w;
+  if (threadIdx.x == 0) {
+    vectors[0] = mean;
+    vectors[width] = var;
+    vectors[3 * width] = offset;
+  }
   const A invstd = inverse_std(var, p.eps);
   const A scale = parameter<A>(p.gamma, w, 1) * invstd;
   A shift = 0;
+#pragma unroll 1  // four steps at most, and unrolled the float64 kernel spills
   for (int64_t k = threadIdx.x; k < channels; k += kRowThreads) {
     folded[k] = narrow<T>(scale * widen(weight[k]));
     shift -= widen(folded[k]) * mean_d[k];
   }
   shift = row_sum(shift) + parameter<A>(p.beta, w, 0);
   if (threadIdx.x != 0) return;
-  A* vectors = static_cast<A*>(p.vectors) + w;
-  vectors[0] = mean;
-  vectors[width] = var;
   vectors[2 * width] = invstd;
-  vectors[3 * width] = offset;
   vectors[4 * width] = shift;
 }
 

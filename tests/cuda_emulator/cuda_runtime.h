@@ -5,6 +5,7 @@
 // order, so that what is read without a barrier after its writing shows.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -12,7 +13,6 @@
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <vector>
 
 #include "cuda_runtime_api.h"
 
@@ -27,62 +27,83 @@ struct dim3 {
   explicit dim3(unsigned x = 1) : x(x) {}
 };
 
+inline dim3 threadIdx, blockIdx, blockDim;
+
 namespace cuda_emulator {
 
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr size_t kSharedBytes = 48 * 1024;
 
+// A fiber outlives its block and waits for the next one. Switches are by setjmp: a swapcontext is
+// two system calls.
+struct Fiber {
+  std::unique_ptr<char[]> stack;
+  jmp_buf resume;
+  bool done;
+};
+
 struct Block {
-  int threads = 0, running = 0;
   std::function<void()> body;
-  ucontext_t scheduler, fibers[kMaxThreads];
-  bool done[kMaxThreads];
-  std::unique_ptr<char[]> stacks[kMaxThreads];
+  jmp_buf scheduler;
+  Fiber fibers[kMaxThreads];
 };
 inline Block block;
 
+inline void yield(Fiber& fiber) {
+  if (_setjmp(fiber.resume) == 0) _longjmp(block.scheduler, 1);
+}
+
+inline void run_fiber() {
+  Fiber& fiber = block.fibers[threadIdx.x];
+  for (;;) {
+    block.body();
+    fiber.done = true;
+    yield(fiber);
+  }
+}
+
+inline void start(Fiber& fiber) {
+  fiber.stack.reset(new char[kStackBytes]);
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, run_fiber, 0);
+  setcontext(&context);
+}
+
+// Runs a thread up to its next barrier, or its end.
+inline void step(Fiber& fiber) {
+  if (_setjmp(block.scheduler) != 0) return;
+  if (fiber.stack)
+    _longjmp(fiber.resume, 1);
+  else
+    start(fiber);
+}
+
 }  // namespace cuda_emulator
 
-inline dim3 threadIdx, blockIdx, blockDim;
 inline double shared_memory[cuda_emulator::kSharedBytes / sizeof(double)];
 
 inline double rsqrt(double v) { return 1 / std::sqrt(v); }
 
-inline void __syncthreads() {
-  auto& block = cuda_emulator::block;
-  swapcontext(&block.fibers[block.running], &block.scheduler);
-}
+inline void __syncthreads() { cuda_emulator::yield(cuda_emulator::block.fibers[threadIdx.x]); }
 
 namespace cuda_emulator {
 
-inline void run_fiber() {
-  block.body();
-  block.done[block.running] = true;
-}
-
-inline void start(int thread) {
-  auto& stack = block.stacks[thread];
-  if (!stack) stack.reset(new char[kStackBytes]);
-  ucontext_t& fiber = block.fibers[thread];
-  getcontext(&fiber);
-  fiber.uc_stack.ss_sp = stack.get();
-  fiber.uc_stack.ss_size = kStackBytes;
-  fiber.uc_link = &block.scheduler;
-  makecontext(&fiber, run_fiber, 0);
-  block.done[thread] = false;
-}
-
 inline void run_block() {
+  const int threads = static_cast<int>(blockDim.x);
   std::memset(shared_memory, 0xff, kSharedBytes);
-  for (int thread = 0; thread < block.threads; ++thread) start(thread);
-  for (int left = block.threads; left > 0;) {
-    for (int thread = block.threads - 1; thread >= 0; --thread) {
-      if (block.done[thread]) continue;
-      block.running = thread;
+  for (int thread = 0; thread < threads; ++thread) block.fibers[thread].done = false;
+  for (int left = threads; left > 0;) {
+    for (int thread = threads - 1; thread >= 0; --thread) {
+      Fiber& fiber = block.fibers[thread];
+      if (fiber.done) continue;
       threadIdx = dim3(static_cast<unsigned>(thread));
-      swapcontext(&block.scheduler, &block.fibers[thread]);
-      left -= block.done[thread];
+      step(fiber);
+      left -= fiber.done;
     }
   }
 }
@@ -102,7 +123,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (config->blockDim.x > kMaxThreads || config->dynamicSmemBytes > kSharedBytes ||
       config->gridDim.x == 0)
     return cudaErrorInvalidConfiguration;
-  block.threads = static_cast<int>(config->blockDim.x);
   block.body = [&] { kernel(static_cast<Parameters>(arguments)...); };
   blockDim = config->blockDim;
   for (unsigned index = 0; index < config->gridDim.x; ++index) {
