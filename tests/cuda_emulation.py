@@ -36,6 +36,9 @@ FLAGS = [
     "-fvisibility=hidden",
     "-ffp-contract=off",
     "-fno-strict-aliasing",
+    # A misaligned access of 16 bytes ends the process, as it ends a kernel on a GPU.
+    "-fsanitize=alignment",
+    "-fsanitize-undefined-trap-on-error",
     "-Wno-unknown-pragmas",
     f"-Dfused_bottleneck={NAMESPACE}",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
