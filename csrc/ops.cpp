@@ -47,7 +47,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
   // accumulation dtype but where they have the weight's, which is that of the products that read
   // them.
 
-  // invstd = 1 / sqrt(var + eps), scale = gamma invstd, beta, relu(beta), mean + bias: [5, C].
+  // invstd = 1 / sqrt(var + eps), scale = gamma invstd, beta, mean + bias: [4, C].
   m.def(
       "bn_coefficients(Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, Tensor? bias, "
       "float eps) -> Tensor");

@@ -20,12 +20,12 @@ def bn_coefficients(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """``[invstd, gamma invstd, beta, relu(beta), mean + bias]``, ``[5, C]``."""
+    """``[invstd, gamma invstd, beta, mean + bias]``, ``[4, C]``."""
     invstd = algebra.inverse_std(var, eps)
     shift = torch.zeros_like(mean) if beta is None else beta.to(mean.dtype)
     reported = mean if bias is None else mean + bias.to(mean.dtype)
     scale = algebra.bn_scale(gamma, invstd)
-    return torch.stack([invstd, scale, shift, torch.relu(shift), reported])
+    return torch.stack([invstd, scale, shift, reported])
 
 
 def bn_backward_coefficients(
@@ -94,7 +94,7 @@ def operand_shift(a: Tensor, b: Tensor, sum_g: Tensor, mean_d: Tensor, count: in
 
 
 def _fake_bn_coefficients(mean: Tensor, *args: object) -> Tensor:
-    return mean.new_empty(5, mean.shape[0])
+    return mean.new_empty(4, mean.shape[0])
 
 
 def _fake_bn_backward_coefficients(invstd: Tensor, *args: object) -> Tensor:

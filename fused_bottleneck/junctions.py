@@ -1,7 +1,7 @@
 """The algebra around the narrow normalisations, one kernel per junction where there are any.
 
-As torch operations it is four launches a normalisation forward and three backward: with them, 11
-and 22 launches remain of an identity block's 18 and 26 with the Triton kernels.
+As torch operations it is four launches a normalisation forward and three backward: with one each,
+12 and 22 launches remain of an identity block's 18 and 26 with the Triton kernels.
 """
 
 import torch
@@ -28,7 +28,7 @@ class JunctionStages(Stages):
     ) -> BnForward:
         if not self.has_junctions:
             return super().bn_forward(moments, gamma, beta, bias, eps)
-        invstd, scale, shift, _, reported = _passes.bn_coefficients(
+        invstd, scale, shift, reported = _passes.bn_coefficients(
             *moments, gamma, beta, bias, eps
         ).unbind()
         return BnForward(invstd, scale, shift, reported)

@@ -49,7 +49,7 @@ Tensor bn_coefficients(const Tensor& mean, const Tensor& var, const OptionalTens
                        const OptionalTensor& beta, const OptionalTensor& bias, double eps) {
   const auto args = CoefficientArguments::of_vectors("bn_coefficients", "mean", mean);
   const int64_t channels = args.channels;
-  const Tensor coefficients = args.new_tensor({5, channels}, args.acc_dtype);
+  const Tensor coefficients = args.new_tensor({4, channels}, args.acc_dtype);
   run(launch_bn_coefficients, args,
       BnCoefficients{mean.const_data_ptr(), args.vector("var", var),
                      args.parameter("gamma", gamma, channels),

@@ -38,13 +38,11 @@ __global__ void __launch_bounds__(kThreads) bn_coefficients_kernel(int64_t n, Bn
   if (c >= n) return;
   const A mean = static_cast<const A*>(p.mean)[c];
   const A invstd = inverse_std(static_cast<const A*>(p.var)[c], p.eps);
-  const A beta = parameter<A>(p.beta, c, 0);
   A* out = static_cast<A*>(p.coefficients) + c;
   out[0] = invstd;
   out[n] = parameter<A>(p.gamma, c, 1) * invstd;
-  out[2 * n] = beta;
-  out[3 * n] = relu(beta);
-  out[4 * n] = mean + parameter<A>(p.bias, c, 0);
+  out[2 * n] = parameter<A>(p.beta, c, 0);
+  out[3 * n] = mean + parameter<A>(p.bias, c, 0);
 }
 
 template <class A>

@@ -94,7 +94,7 @@ struct Parameter {
   Dtype dtype;
 };
 
-// rows = 1; coefficients [5, channels]: see ops.cpp.
+// rows = 1; coefficients [4, channels]: see ops.cpp.
 struct BnCoefficients {
   const void *mean, *var;
   Parameter gamma, beta, bias;

@@ -1,5 +1,7 @@
-// The elementwise passes: each reads its matrices once and writes one. Bound by memory: the
-// predicted time is their bytes over 85 % of the copy bandwidth (kernels.h lists the matrices).
+// The elementwise passes: each reads its matrices once and writes one. Bound by memory. Predicted,
+// not measured, at 85 % of an H200's copy bandwidth (3.65 TB/s) for 256 images of 56x56 in
+// bfloat16: bn_apply of 64 channels 206 MB, 56 us; bn_backward of 64, 308 MB, 84 us; residual_relu
+// and masked_add of 256 channels 1.26 GB, 345 us.
 #include "device.cuh"
 
 namespace fused_bottleneck::cuda {

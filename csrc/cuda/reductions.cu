@@ -1,5 +1,7 @@
 // The passes with column sums. A block reduces a part of the rows, a second small kernel the parts:
 // sums of up to kMaxRowsPerThread terms in the accumulation dtype, everything above in double.
+// Predicted as in pointwise.cu: channel_moments of 64 channels 103 MB, 28 us; bn_backward_reduce of
+// 64, 411 MB, 113 us; mask_grad of 256, 848 MB, 232 us; the second kernel of each under 10 us.
 #include "device.cuh"
 
 namespace fused_bottleneck::cuda {
