@@ -50,12 +50,13 @@ class VendorStages(JunctionStages, PassStages):
     def _second_moment(self, d: Tensor) -> Tensor:
         rows = matrix(d)
         whole = len(rows) // _SUM_ROWS * _SUM_ROWS
-        blocks = rows[:whole].view(-1, _SUM_ROWS, rows.shape[1])
-        rest = rows[whole:]
-        total = _product(rest.t(), rest).double()
+        sums = []
         if whole:
-            total += _product(blocks.transpose(1, 2), blocks).sum(0, dtype=torch.float64)
-        return total / len(rows)
+            blocks = rows[:whole].view(-1, _SUM_ROWS, rows.shape[1])
+            sums.append(_product(blocks.transpose(1, 2), blocks).sum(0, dtype=torch.float64))
+        if whole < len(rows):
+            sums.append(_product(rows[whole:].t(), rows[whole:]).double())
+        return sum(sums[1:], sums[0]) / len(rows)
 
     # Forward.
 

@@ -169,15 +169,17 @@ def test_nothing_of_the_caller_is_written(device: torch.device) -> None:
             assert torch.equal(parameter, weight)
 
 
+@pytest.mark.parametrize("rows", [16, 21, 63, 64])
 def test_second_moment_over_blocks_of_rows(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
+    rows: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vendor, "_SUM_ROWS", 16)
+    """Of 63 rows: whole blocks and a rest, whole blocks only, one, a rest only."""
+    monkeypatch.setattr(vendor, "_SUM_ROWS", rows)
     x = channels_last(torch.randn(3, 5, 7, 3, device=device)) + 3
     operand = StridedInput(x, (1, 1), torch.zeros(5, device=device))
     with VendorStages() as stages:
         mean, cov = stages.gram(operand)
-    rows = x.double().permute(0, 2, 3, 1).reshape(-1, 5)
-    torch.testing.assert_close(mean.double(), rows.mean(0), rtol=1e-6, atol=0)
-    expected = torch.cov(rows.t(), correction=0)
+    pixels = x.double().permute(0, 2, 3, 1).reshape(-1, 5)
+    torch.testing.assert_close(mean.double(), pixels.mean(0), rtol=1e-6, atol=0)
+    expected = torch.cov(pixels.t(), correction=0)
     torch.testing.assert_close(cov.double(), expected, rtol=0, atol=1e-5)
