@@ -10,10 +10,11 @@ parallel := -n auto --maxprocesses 8 --dist worksteal
 # One stamp per environment, kept in this checkout: another VENV gets its own installation.
 built := build/.installed$(subst /,-,$(abspath $(VENV)))
 sources := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+emulator := $(wildcard tests/cuda_emulator/*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help check venv build demo test test-fast test-gpu sanitize kernel-report bench report lint format clean
+.PHONY: help check venv build wheel demo test test-fast test-gpu sanitize kernel-report bench report lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -46,6 +47,9 @@ venv: $(tools) ## make the virtual environment, with the tested versions
 
 build: $(built) ## compile the extension and install the package into the environment
 
+wheel: $(tools) ## build a wheel in dist/, with the CUDA passes where nvcc is found
+	$(pip) wheel --no-build-isolation --no-deps -w dist .
+
 demo: build ## train a small ResNet on real images, plain and fused (at most 3 minutes)
 	$(python) examples/train.py
 
@@ -56,13 +60,17 @@ test-fast: build ## run the tests that are not slow (about 90 seconds)
 	$(python) -m pytest $(parallel) -m "not slow"
 
 test-gpu: build ## run the tests that need a CUDA device
-	$(python) -m pytest -m gpu tests/test_cuda.py
+	$(python) -m pytest -m gpu tests
 
 sanitize: build ## run every kernel under compute-sanitizer (needs a GPU and the CUDA toolkit)
 	compute-sanitizer --tool memcheck --error-exitcode 1 \
 	  $(python) -m pytest -x tests/test_cuda.py -k "test_stage and narrow"
+	compute-sanitizer --tool memcheck --error-exitcode 1 \
+	  $(python) -m pytest -x tests/test_cuda_passes.py -m gpu -k "agrees or misaligned"
 	compute-sanitizer --tool racecheck --error-exitcode 1 \
 	  $(python) -m pytest -x tests/test_cuda.py -k "test_stage and narrow"
+	compute-sanitizer --tool racecheck --error-exitcode 1 \
+	  $(python) -m pytest -x tests/test_cuda_passes.py -m gpu -k "agrees"
 
 kernel-report: venv ## what the compiler makes of the kernels, and their floors; needs no GPU
 	$(python) -m benchmarks.kernel_report
@@ -77,7 +85,7 @@ report: venv ## write the measured tables of README.md, the plots and docs/compa
 lint: venv ## check style, formatting, types, and that the written tables are current
 	$(python) -m ruff check
 	$(python) -m ruff format --check
-	$(VENV)/bin/clang-format --dry-run -Werror $(sources)
+	$(VENV)/bin/clang-format --dry-run -Werror $(sources) $(emulator)
 	$(python) -m mypy
 	$(python) -m benchmarks.report --check
 	$(python) -m benchmarks.compatibility --check
@@ -85,9 +93,9 @@ lint: venv ## check style, formatting, types, and that the written tables are cu
 format: venv ## format the Python and C++ sources
 	$(python) -m ruff check --fix
 	$(python) -m ruff format
-	$(VENV)/bin/clang-format -i $(sources)
+	$(VENV)/bin/clang-format -i $(sources) $(emulator)
 
 clean: ## remove what was built, and the environment this checkout made
-	rm -rf .venv build *.egg-info fused_bottleneck/*.so
+	rm -rf .venv build dist *.egg-info fused_bottleneck/*.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,5 @@
-// All schemas of the library; implementations register themselves per device (cpu/passes.cpp).
+// All schemas of the library; implementations register themselves per device (cpu/passes.cpp,
+// cuda/passes.cpp; coefficients.py and cuda/coefficients.cpp).
 //
 // Matrices are [P, C] (pixels x channels), contiguous, float32, float64, bfloat16 or float16.
 // Vectors are [C] in the accumulation dtype: float64 for float64, float32 for the others.
@@ -40,6 +41,38 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
   m.def(
       "bn_backward_(Tensor g, Tensor y, Tensor mean, Tensor scale, Tensor? k0, Tensor? k1, "
       "Tensor(a!) out) -> ()");
+
+  // --- The algebra between the stages (algebra.py), one call per junction. A parameter (gamma,
+  // beta, bias) has any floating dtype; absent ones count as 1, 0, 0. Results are in the
+  // accumulation dtype but where they have the weight's, which is that of the products that read
+  // them.
+
+  // invstd = 1 / sqrt(var + eps), scale = gamma invstd, beta, mean + bias: [4, C].
+  m.def(
+      "bn_coefficients(Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, Tensor? bias, "
+      "float eps) -> Tensor");
+
+  // k0 = sum_g / count, k1 = invstd sum_g_xhat / count: [2, C].
+  m.def(
+      "bn_backward_coefficients(Tensor invstd, Tensor sum_g, Tensor sum_g_xhat, int count) -> "
+      "Tensor");
+
+  // Of a weight [W, K], product = weight cov [W, K], centre and mean_d [K]: the folded weight
+  // [W, K] in the weight's dtype; mean, var, invstd, offset, shift [5, W].
+  m.def(
+      "fold_rows(Tensor weight, Tensor product, Tensor? gamma, Tensor? beta, float eps, "
+      "Tensor centre, Tensor mean_d) -> (Tensor folded, Tensor vectors)");
+
+  // The weight's gradient [W, K] in its dtype, dgamma [W], scaled = -scale invstd dgamma / count
+  // weight [W, K], for which b = weight^T scaled. Without mean_d and product (fixed statistics):
+  // scaled is [0, K].
+  m.def(
+      "fold_backward_rows(Tensor weight, Tensor? gamma, Tensor invstd, Tensor offset, "
+      "Tensor centre, Tensor? mean_d, Tensor? product, Tensor s, Tensor sum_g, int count) -> "
+      "(Tensor grad_weight, Tensor dgamma, Tensor scaled)");
+
+  // shift = -(sum_g / count) a - mean_d b [K], of a [W, K] and b [K, K] in the weight's dtype.
+  m.def("operand_shift(Tensor a, Tensor b, Tensor sum_g, Tensor mean_d, int count) -> Tensor");
 
   // --- Fused 1x1 products, float32, channels in multiples of 16 (has_products: on this CPU). ---
   // A weight is [K, C] with any strides. Sums over pixels: float32 in a block of rows, float64

@@ -1,5 +1,8 @@
 // Argument checks on libtorch's stable ABI, with one form of message:
 //   <op>: expected <argument> to be <dtype> [<sizes>] ..., got <dtype> [<sizes>] ...
+//
+// FUSED_BOTTLENECK_CUDA_LIBRARY is defined where the library for CUDA is built: its tensors are on
+// a GPU, those of the other one on the CPU.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -48,10 +51,20 @@ std::string shape_name(const Sizes& sizes) {
   return out.str();
 }
 
+#if defined(FUSED_BOTTLENECK_CUDA_LIBRARY)
+#define FUSED_BOTTLENECK_DISPATCH_KEY CUDA
+constexpr const char* kOnDevice = "on the GPU";
+inline bool is_on_device(const Tensor& t) { return t.is_cuda(); }
+#else
+#define FUSED_BOTTLENECK_DISPATCH_KEY CPU
+constexpr const char* kOnDevice = "on the CPU";
+inline bool is_on_device(const Tensor& t) { return t.is_cpu(); }
+#endif
+
 inline std::string describe(const Tensor& t) {
   std::string text = dtype_name(t.scalar_type()) + " " + shape_name(t.sizes());
   if (!t.is_contiguous()) text += ", not contiguous, strides " + shape_name(t.strides());
-  if (!t.is_cpu()) text += ", not on the CPU";
+  if (!is_on_device(t)) text += std::string(", not ") + kOnDevice;
   return text;
 }
 
@@ -67,26 +80,27 @@ inline bool has_sizes(const Tensor& t, std::initializer_list<int64_t> sizes) {
   return true;
 }
 
-// Throws unless t is a contiguous CPU tensor of exactly this dtype and these sizes.
+// Throws unless t is a contiguous tensor of exactly this dtype and these sizes.
 inline void check_tensor(const char* op, const char* name, const Tensor& t, ScalarType dtype,
                          std::initializer_list<int64_t> sizes) {
   STD_TORCH_CHECK(
-      t.is_cpu() && t.scalar_type() == dtype && has_sizes(t, sizes) && t.is_contiguous(), op,
-      ": expected ", name, " to be ", dtype_name(dtype), " ", shape_name(sizes),
-      ", contiguous, on the CPU, got ", describe(t));
+      is_on_device(t) && t.scalar_type() == dtype && has_sizes(t, sizes) && t.is_contiguous(), op,
+      ": expected ", name, " to be ", dtype_name(dtype), " ", shape_name(sizes), ", contiguous, ",
+      kOnDevice, ", got ", describe(t));
 }
 
-// Throws unless t is a contiguous CPU tensor of a supported dtype with so many dimensions (named in
-// the message by `form`), none of them empty.
+inline bool is_supported(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double ||
+         dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+// Throws unless t is a contiguous tensor of a supported dtype with so many dimensions (named in the
+// message by `form`), none of them empty.
 inline void check_dense(const char* op, const char* name, const Tensor& t, int64_t dim,
                         const char* form) {
-  const ScalarType dtype = t.scalar_type();
-  const bool supported = dtype == ScalarType::Float || dtype == ScalarType::Double ||
-                         dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-  STD_TORCH_CHECK(t.is_cpu() && supported && t.dim() == dim && t.is_contiguous(), op, ": expected ",
-                  name, " to be ", form,
-                  " of float32, float64, bfloat16 or float16, contiguous, "
-                  "on the CPU, got ",
+  const bool right = is_on_device(t) && is_supported(t.scalar_type()) && t.dim() == dim;
+  STD_TORCH_CHECK(right && t.is_contiguous(), op, ": expected ", name, " to be ", form,
+                  " of float32, float64, bfloat16 or float16, contiguous, ", kOnDevice, ", got ",
                   describe(t));
   STD_TORCH_CHECK(t.numel() > 0, op, ": expected ", name,
                   " to have at least one row and one channel, got ", describe(t));

@@ -188,7 +188,16 @@ def folded_operand_grad(
     """
     if mean_d is None:
         return OperandGrad(a, None, None)
-    k = scale * invstd * dgamma / count
+    k = folded_factor(scale, invstd, dgamma, count)
     b = product(weight.t(), -k[:, None] * weight).to(a.dtype)
-    shift = -((sum_g / count) @ a.to(weight.dtype)) - mean_d @ b.to(weight.dtype)
-    return OperandGrad(a, b, shift)
+    return OperandGrad(a, b, operand_shift(a, b, sum_g, mean_d, count))
+
+
+def folded_factor(scale: Tensor, invstd: Tensor, dgamma: Tensor, count: int) -> Tensor:
+    """``k = scale * invstd * dgamma / count``, ``[W]``: b is ``-weight^T diag(k) weight``."""
+    return scale * invstd * dgamma / count
+
+
+def operand_shift(a: Tensor, b: Tensor, sum_g: Tensor, mean_d: Tensor, count: int) -> Tensor:
+    """``-(sum_g / count) a - mean_d b``, ``[K]``: the constant of the operand's gradient."""
+    return -((sum_g / count) @ a.to(sum_g.dtype)) - mean_d @ b.to(sum_g.dtype)

@@ -29,17 +29,20 @@ class Plan(NamedTuple):
     """Everything about a program's units that is not a tensor, one entry per unit.
 
     batch: normalise with batch statistics. channels_last: layout of out and of grad_x.
+    backend: what is to serve (dispatch.py); None for its choice.
     """
 
     eps: tuple[float, ...]
     geometries: tuple[Geometry, ...]
     batch: tuple[bool, ...]
     channels_last: tuple[bool, bool]
+    backend: str | None = None
 
 
 def _forward_fields(plan: Plan, tensors: Sequence[Tensor | None]) -> list[Any]:
     columns = [list(tensors[i::TENSORS_PER_UNIT]) for i in range(TENSORS_PER_UNIT)]
-    return [*columns, plan.eps, pack_geometry(plan.geometries), plan.channels_last[0]]
+    geometries = pack_geometry(plan.geometries)
+    return [*columns, plan.eps, geometries, plan.channels_last[0], plan.backend]
 
 
 def _save(ctx: Any, x: Tensor, tensors: Sequence[Tensor | None], saved: Sequence[Tensor]) -> None:
@@ -122,6 +125,7 @@ class BottleneckFunction(torch.autograd.Function):
                 ctx.plan.batch,
                 needs,
                 ctx.plan.channels_last[1],
+                ctx.plan.backend,
             )
         return None, None, *_scatter(needs, grads, fixed=2)
 
@@ -160,5 +164,6 @@ class ConvBNReLUFunction(torch.autograd.Function):
                 ctx.plan.batch,
                 needs,
                 ctx.plan.channels_last[1],
+                ctx.plan.backend,
             )
         return None, None, *_scatter(needs, grads, fixed=1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .algebra import OperandGrad
-from .cpu import CpuStages, operand_key
+from .cpu import CpuStages
 from .operands import (
     Activation,
     ConvGrad,
@@ -26,6 +26,7 @@ from .operands import (
     pixels,
     strided,
 )
+from .pass_stages import operand_key
 from .rules import uses_winograd, uses_winograd_weight_grad
 from .scratch import result_empty
 from .stages import ConvTerm, FoldedTerm, GradSums, InputTerm, Moments, Operand

@@ -1,5 +1,6 @@
 """Which implementation runs: the one place that knows about devices."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -14,7 +15,10 @@ from .cpu_products import CpuProductStages
 from .kernels import launch
 from .operands import Geometry
 from .stages import Stages
+from .vendor import VendorStages
 
+BACKENDS = ("triton", "vendor", "torch")
+BACKEND_VARIABLE = "FUSED_BOTTLENECK_BACKEND"
 OLDEST_ARCHITECTURE = (8, 0)  # asynchronous copies, bfloat16 and tf32 products
 # Triton 3.6 fails an assertion where it moves a transposed operand to these GPUs' tensor memory.
 TENSOR_MEMORY_MAJORS = (10, 11)
@@ -27,19 +31,88 @@ MASK_MULTIPLE = 32  # the output's mask is read and written in words
 Shape = tuple[Tensor, Geometry]
 
 
-def stages_for(x: Tensor, convs: Sequence[Shape]) -> Stages:
+def stages_for(x: Tensor, convs: Sequence[Shape], backend: str | None = None) -> Stages:
     """The implementation of the stages for x's device, for one run of a program.
 
-    convs: the convolutions of the program. CPU: the C++ passes where the extension is there, in
-    float32 with this library's own products where the instruction set has them. CUDA: the Triton
-    kernels where they can take these convolutions. Everything else: plain PyTorch.
+    convs: the convolutions of the program. backend: one of ``BACKENDS``; None for the environment
+    variable FUSED_BOTTLENECK_BACKEND, or the choice of ``default_backend``.
+
+    * "triton": the Triton kernels.
+    * "vendor": the vendor's convolutions (oneDNN, cuDNN) with this library's passes; on CPU in
+      float32 with this library's own products where it has them and nothing else was asked for.
+    * "torch": plain PyTorch.
+
+    Raises:
+        RuntimeError: a backend was asked for that cannot serve.
     """
-    if x.device.type == "cpu" and extension.loaded():
-        products = x.dtype == torch.float32 and extension.has_products()
-        return CpuProductStages() if products else CpuStages()
-    if _on_kernels(x) and why_no_kernels(x, convs) is None:
+    asked = requested_backend(backend)
+    if asked is not None:
+        _require(asked, x, convs)
+    chosen = asked or default_backend(x, convs)
+    if chosen == "triton":
         return _kernels()(x)
-    return Stages()
+    if chosen == "torch":
+        return Stages()
+    if x.device.type != "cpu":
+        return VendorStages()
+    own = asked is None and x.dtype == torch.float32 and extension.has_products()
+    return CpuProductStages() if own else CpuStages()
+
+
+def requested_backend(backend: str | None) -> str | None:
+    """The backend of the argument or the environment variable, if one is asked for."""
+    asked = backend or os.environ.get(BACKEND_VARIABLE) or None
+    if asked is not None and asked not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {asked!r}")
+    return asked
+
+
+def default_backend(x: Tensor, convs: Sequence[Shape]) -> str:
+    """What serves where nothing is asked for: the measured table's entry, else the Triton kernels
+    where they are legal, else the vendor's convolutions where the passes are there, else torch."""
+    legal = [name for name in BACKENDS if _why_not(name, x, convs) is None]
+    measured = MEASURED.get(measured_key(x, convs)) if x.device.type == "cuda" else None
+    return measured if measured in legal else legal[0]
+
+
+# The fastest backend by GPU and block, from measurements; empty as long as there are none. An entry
+# is added where a benchmark shows that the default (the first legal one of BACKENDS) loses.
+MeasuredKey = tuple[tuple[int, int], torch.dtype, tuple[int, ...], tuple[tuple[int, ...], ...]]
+MEASURED: dict[MeasuredKey, str] = {}
+
+
+def measured_key(x: Tensor, convs: Sequence[Shape]) -> MeasuredKey:
+    """Compute capability, dtype, shape of x, and shapes of the weights."""
+    weights = tuple(tuple(weight.shape) for weight, _ in convs)
+    return torch.cuda.get_device_capability(x.device), x.dtype, tuple(x.shape), weights
+
+
+def _why_not(backend: str, x: Tensor, convs: Sequence[Shape]) -> str | None:
+    """Why a backend cannot serve, in one sentence; None if it can."""
+    if backend == "triton":
+        if not _on_kernels(x):
+            return f"the Triton kernels do not run on {x.device.type} tensors"
+        return _why_no_triton(x, convs)
+    if backend == "vendor":
+        if x.device.type == "cpu":
+            return None if extension.loaded() else extension.reason()
+        return _why_no_passes(x)
+    return None
+
+
+def _require(backend: str, x: Tensor, convs: Sequence[Shape]) -> None:
+    reason = _why_not(backend, x, convs)
+    if reason is not None:
+        raise RuntimeError(f"the backend {backend!r} was asked for, and cannot serve: {reason}")
+
+
+def _why_no_passes(x: Tensor) -> str | None:
+    """Why the CUDA passes cannot serve."""
+    if x.device.type != "cuda":
+        return f"there are no passes for {x.device.type} tensors"
+    if torch.version.hip is not None:
+        return "there are no passes for ROCm"
+    return extension.why_no_cuda() or None
 
 
 _replacement: Callable[[Tensor], Stages] | None = None
@@ -70,10 +143,21 @@ def _on_kernels(x: Tensor) -> bool:
 
 
 def why_no_kernels(x: Tensor, convs: Sequence[Shape]) -> str | None:
-    """Why no fused kernels of x's device take these convolutions, in one sentence; None if they
-    do, as on CPU they always do."""
-    if x.device.type == "cpu":
+    """Why nothing of this library takes these convolutions on x's device, in one sentence; None if
+    something does, as on CPU it always does.
+
+    Where a backend is asked for it is ``stages_for`` that says why it cannot serve. While compiling
+    only the Triton kernels count: what the vendor's libraries would do is the compiler's work.
+    """
+    if x.device.type == "cpu" or requested_backend(None) is not None:
         return None
+    if not torch.compiler.is_compiling() and _why_no_passes(x) is None:
+        return None
+    return _why_no_triton(x, convs)
+
+
+def _why_no_triton(x: Tensor, convs: Sequence[Shape]) -> str | None:
+    """Why the Triton kernels do not take these convolutions."""
     if x.dtype not in KERNEL_DTYPES:
         return f"there are no fused {x.device.type} kernels for {x.dtype}"
     for weight, geometry in convs:

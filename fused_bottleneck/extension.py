@@ -1,4 +1,5 @@
-"""Loads the C++ passes (``fused_bottleneck/_C.abi3.so``) as ``torch.ops.fused_bottleneck.*``.
+"""Loads the C++ passes (``fused_bottleneck/_C.abi3.so``) as ``torch.ops.fused_bottleneck.*``, and
+their CUDA implementation (``_C_cuda.abi3.so``) when it is first asked for.
 
 The package works without them, through torch's own operators, more slowly: ``loaded()`` says which
 of the two it is, and warns once, with the reason, when it is the second. ``csrc/ops.cpp`` has the
@@ -10,13 +11,19 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import coefficients
 from .algebra import accumulation_dtype
 
+_HOW_TO_BUILD_CUDA = (
+    "To build it: as the C++ extension, with nvcc on the PATH or CUDA_HOME set, and without "
+    "FUSED_BOTTLENECK_BUILD_CUDA=0."
+)
 _HOW_TO_BUILD = (
     "To build it: pip install --no-build-isolation . (or, in a checkout, "
     "python setup.py build_ext --inplace), with a C++ compiler."
@@ -61,6 +68,26 @@ def has_products() -> bool:
     return load() and torch.ops.fused_bottleneck.has_products()
 
 
+@cache
+def why_no_cuda() -> str:
+    """Why the CUDA passes cannot be called; empty if they can. Loads them at the first call."""
+    if not load():
+        return _reason
+    libraries = _libraries("_C_cuda")
+    if not libraries:
+        return f"there is no _C_cuda.*.so in {Path(__file__).parent}. {_HOW_TO_BUILD_CUDA}"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except (OSError, RuntimeError) as error:
+        return f"loading {libraries[0]} failed: {error.__cause__ or error}. {_HOW_TO_BUILD_CUDA}"
+    return ""
+
+
+def _libraries(name: str) -> list[Path]:
+    """The files of a library, the one for this Python or the stable ABI first."""
+    return sorted(Path(__file__).parent.glob(f"{name}.*so"))
+
+
 def _warn_once() -> None:
     global _warned
     if _warned or torch.compiler.is_compiling():
@@ -79,10 +106,9 @@ def _try_to_load() -> str:
     """Loads the library and registers the fake kernels; returns what went wrong, or nothing."""
     if os.environ.get("FUSED_BOTTLENECK_NO_EXTENSION") == "1":
         return "FUSED_BOTTLENECK_NO_EXTENSION=1 is set."
-    folder = Path(__file__).parent
-    libraries = sorted(folder.glob("_C*.so"))
+    libraries = _libraries("_C")
     if not libraries:
-        return f"there is no _C*.so in {folder}. {_HOW_TO_BUILD}"
+        return f"there is no _C.*.so in {Path(__file__).parent}. {_HOW_TO_BUILD}"
     try:
         torch.ops.load_library(str(libraries[0]))
         _register_fakes()
@@ -155,6 +181,10 @@ _FAKES: dict[str, Callable[..., object]] = {
 }
 
 
+_registrations = torch.library.Library("fused_bottleneck", "FRAGMENT")  # as long as it lives
+
+
 def _register_fakes() -> None:
+    coefficients.register(_registrations)
     for name, fake in _FAKES.items():
         torch.library.register_fake(f"fused_bottleneck::{name}", fake)

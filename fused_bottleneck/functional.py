@@ -60,13 +60,14 @@ def is_channels_last(t: Tensor) -> bool:
     return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
 
 
-def _plan(x: Tensor, units: Sequence[Unit]) -> Plan:
+def _plan(x: Tensor, units: Sequence[Unit], backend: str | None) -> Plan:
     x_last = is_channels_last(x)
     return Plan(
         eps=tuple(bn.eps for _, bn in units),
         geometries=tuple(conv.geometry() for conv, _ in units),
         batch=tuple(bn.training for _, bn in units),
         channels_last=(x_last or any(is_channels_last(conv.weight) for conv, _ in units), x_last),
+        backend=dispatch.requested_backend(backend),
     )
 
 
@@ -168,6 +169,7 @@ def bottleneck(
     bn3: BatchNorm,
     downsample: Unit | None = None,
     shortcut: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """The fused bottleneck block.
 
@@ -184,12 +186,16 @@ def bottleneck(
         bn1, bn2, bn3: batch normalisations.
         downsample: a 1x1 convolution (any stride) and its batch normalisation.
         shortcut: a residual computed elsewhere, of the output's shape; not with downsample.
+        backend: what serves, forward and backward: "triton", "vendor" (cuDNN or oneDNN with this
+            library's passes) or "torch"; None for the environment variable
+            FUSED_BOTTLENECK_BACKEND, else for the library's choice.
 
     Returns:
         ``[N, W, H', W']`` in x's dtype; channels_last if x or a weight is, else contiguous.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; names it, with what was expected.
+        RuntimeError: a backend that was asked for cannot serve.
 
     Source: He et al. 2015 for the block; docs/algebra.md for the fusion.
     """
@@ -200,7 +206,7 @@ def bottleneck(
     x, units = autocast(x, units)
     shortcut = autocast_shortcut(shortcut, x)
     checks.raise_if(checks.bottleneck(x, units) or checks.residual(x, units, shortcut))
-    return run_bottleneck(x, units, shortcut)
+    return run_bottleneck(x, units, shortcut, backend)
 
 
 def why_no_kernels(x: Tensor, units: Sequence[Unit]) -> str | None:
@@ -208,24 +214,27 @@ def why_no_kernels(x: Tensor, units: Sequence[Unit]) -> str | None:
     return dispatch.why_no_kernels(x, [(conv.weight, conv.geometry()) for conv, _ in units])
 
 
-def run_bottleneck(x: Tensor, units: Sequence[Unit], shortcut: Tensor | None) -> Tensor:
+def run_bottleneck(
+    x: Tensor, units: Sequence[Unit], shortcut: Tensor | None, backend: str | None = None
+) -> Tensor:
     """``bottleneck`` on arguments that are cast and checked already."""
     observe = _observer(x, units)
     out, *moments = BottleneckFunction.apply(
-        _plan(x, units), observe, x, shortcut, *_tensors(units)
+        _plan(x, units, backend), observe, x, shortcut, *_tensors(units)
     )
     if observe is None:
         _update_statistics(x, units, moments)
     return out
 
 
-def conv_bn_relu(x: Tensor, conv: Conv, bn: BatchNorm) -> Tensor:
+def conv_bn_relu(x: Tensor, conv: Conv, bn: BatchNorm, backend: str | None = None) -> Tensor:
     """The fused unit ``relu(bn(conv(x)))``.
 
     Args:
         x: ``[N, C, H, W]``, float64, float32, bfloat16 or float16, any strides.
         conv: any 2-D convolution with zero padding; its weight has x's dtype (or autocast).
         bn: batch normalisation of its output.
+        backend: as in ``bottleneck``.
 
     Returns:
         ``[N, W, H', W']`` in x's dtype; channels_last if x or the weight is, else contiguous.
@@ -237,13 +246,15 @@ def conv_bn_relu(x: Tensor, conv: Conv, bn: BatchNorm) -> Tensor:
     checks.raise_if(checks.tensor(x))
     x, units = autocast(x, [(conv, bn)])
     checks.raise_if(checks.conv_bn_relu(x, units[0]))
-    return run_conv_bn_relu(x, units[0])
+    return run_conv_bn_relu(x, units[0], backend)
 
 
-def run_conv_bn_relu(x: Tensor, unit: Unit) -> Tensor:
+def run_conv_bn_relu(x: Tensor, unit: Unit, backend: str | None = None) -> Tensor:
     """``conv_bn_relu`` on arguments that are cast and checked already."""
     observe = _observer(x, [unit])
-    out, *moments = ConvBNReLUFunction.apply(_plan(x, [unit]), observe, x, *_tensors([unit]))
+    out, *moments = ConvBNReLUFunction.apply(
+        _plan(x, [unit], backend), observe, x, *_tensors([unit])
+    )
     if observe is None:
         _update_statistics(x, [unit], moments)
     return out

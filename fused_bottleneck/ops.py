@@ -22,12 +22,12 @@ from .units import Unit, UnitGrads
 
 _FORWARD = (
     "Tensor[] weights, Tensor?[] biases, Tensor?[] gammas, Tensor?[] betas, "
-    "Tensor?[] means, Tensor?[] vars, float[] eps, int[] geometry, bool channels_last"
-    ") -> (Tensor, Tensor[], Tensor[])"
+    "Tensor?[] means, Tensor?[] vars, float[] eps, int[] geometry, bool channels_last, "
+    "str? backend) -> (Tensor, Tensor[], Tensor[])"
 )
 _BACKWARD = (
     "Tensor[] weights, Tensor?[] gammas, Tensor?[] betas, Tensor[] saved, "
-    "int[] geometry, bool[] batch, bool[] needs, bool channels_last"
+    "int[] geometry, bool[] batch, bool[] needs, bool channels_last, str? backend"
 )
 _SCHEMAS = (
     f"bottleneck_forward(Tensor x, Tensor? shortcut, {_FORWARD}",
@@ -68,10 +68,10 @@ def _unpack_geometry(flat: Sequence[int]) -> list[Geometry]:
     return [Geometry((r[0], r[1]), (r[2], r[3]), (r[4], r[5]), r[6]) for r in rows]
 
 
-def _forward_arguments(*arguments: Any) -> tuple[list[Unit], bool]:
-    """The units and channels_last from the arguments that the forward ops have in common."""
-    *fields, channels_last = arguments
-    return _forward_units(*fields), channels_last
+def _forward_arguments(*arguments: Any) -> tuple[list[Unit], bool, str | None]:
+    """Units, channels_last and backend from the arguments that the forward ops have in common."""
+    *fields, channels_last, backend = arguments
+    return _forward_units(*fields), channels_last, backend
 
 
 def _forward_units(
@@ -153,6 +153,7 @@ def _bottleneck_backward(
     batch: Sequence[bool],
     needs: Sequence[bool],
     channels_last: bool,
+    backend: str | None,
 ) -> list[Tensor]:
     units = _backward_units(weights, gammas, betas, geometry, batch)
     needs_x, needs_shortcut, *needs_parameters = needs
@@ -166,13 +167,14 @@ def _bottleneck_backward(
         needs_parameters[::_PARAMETERS_PER_UNIT],
         identity,
         channels_last,
+        backend,
     )
     return _select([grad_x, grad_shortcut, *_parameter_grads(units, grads)], needs)
 
 
 def _conv_bn_relu_forward(x: Tensor, *arguments: Any) -> ForwardResult:
-    (unit,), channels_last = _forward_arguments(*arguments)
-    return program.conv_bn_relu_forward(x, unit, channels_last)
+    (unit,), channels_last, backend = _forward_arguments(*arguments)
+    return program.conv_bn_relu_forward(x, unit, channels_last, backend)
 
 
 def _conv_bn_relu_backward(
@@ -186,11 +188,12 @@ def _conv_bn_relu_backward(
     batch: Sequence[bool],
     needs: Sequence[bool],
     channels_last: bool,
+    backend: str | None,
 ) -> list[Tensor]:
     units = _backward_units(weights, gammas, betas, geometry, batch)
     needs_x, needs_weight = needs[:2]
     grad_x, grads = program.conv_bn_relu_backward(
-        grad_out, x, units[0], saved, needs_x, needs_weight, channels_last
+        grad_out, x, units[0], saved, needs_x, needs_weight, channels_last, backend
     )
     return _select([grad_x, *_parameter_grads(units, [grads])], needs)
 
@@ -229,7 +232,7 @@ def _fake_moments(x: Tensor, units: Sequence[Unit]) -> list[Tensor]:
 
 
 def _bottleneck_forward_fake(x: Tensor, shortcut: Tensor | None, *arguments: Any) -> ForwardResult:
-    units, channels_last = _forward_arguments(*arguments)
+    units, channels_last, _ = _forward_arguments(*arguments)
     y1 = _fake_conv(x, units[0])
     y2 = _fake_conv(y1, units[1])
     out = _fake_conv(y2, units[2], channels_last)
@@ -241,7 +244,7 @@ def _bottleneck_forward_fake(x: Tensor, shortcut: Tensor | None, *arguments: Any
 
 
 def _conv_bn_relu_forward_fake(x: Tensor, *arguments: Any) -> ForwardResult:
-    units, channels_last = _forward_arguments(*arguments)
+    units, channels_last, _ = _forward_arguments(*arguments)
     out = _fake_conv(x, units[0], channels_last)
     y = torch.empty_like(out, memory_format=torch.channels_last)
     width = out.shape[1]
@@ -275,6 +278,7 @@ def _bottleneck_backward_fake(
     batch: Sequence[bool],
     needs: Sequence[bool],
     channels_last: bool,
+    backend: str | None,
 ) -> list[Tensor]:
     grad_x = x.new_empty(x.shape).to(memory_format=_layout(channels_last))
     grad_shortcut = grad_out.new_empty(grad_out.shape).to(memory_format=torch.channels_last)
@@ -292,6 +296,7 @@ def _conv_bn_relu_backward_fake(
     batch: Sequence[bool],
     needs: Sequence[bool],
     channels_last: bool,
+    backend: str | None,
 ) -> list[Tensor]:
     grad_x = x.new_empty(x.shape).to(memory_format=_layout(channels_last))
     return _fake_grads([grad_x], weights, gammas, betas, needs)

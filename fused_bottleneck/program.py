@@ -26,20 +26,31 @@ from .operands import (
 )
 from .stages import ConvTerm, GradSums, InputTerm, Operand, Stages
 from .tail import TailBackward, TailState
-from .units import Unit, UnitGrads, UnitState, activation, conv_grad, unit_grads, unit_state
+from .units import (
+    Unit,
+    UnitGrads,
+    UnitState,
+    activation,
+    batch_activation,
+    conv_grad,
+    unit_grads,
+    unit_state,
+)
 
 _NARROW_TENSORS = 7  # y1, y2, mask, and mean and invstd of the two narrow normalisations
 
 
 def _conv_unit(
     stages: Stages, source: Tensor | Activation, unit: Unit
-) -> tuple[Tensor, UnitState, list[Tensor]]:
-    """F1, F2: a convolution's output, the state of its normalisation, and what is reported."""
+) -> tuple[Activation, UnitState, list[Tensor]]:
+    """F1, F2: a convolution's output, normalised, as an operand; the state of the normalisation,
+    and what is reported."""
     if not unit.batch:
         y = stages.conv(source, unit.weight, unit.geometry)
-        return y, unit_state(unit, unit.fixed_moments()), []
+        state = unit_state(unit, unit.fixed_moments())
+        return activation(y, unit, state), state, []
     y, moments = stages.conv_forward(source, unit.weight, unit.geometry)
-    return y, unit_state(unit, moments), unit.reported(moments)
+    return batch_activation(stages, y, unit, moments)
 
 
 def _convolutions(units: Sequence[Unit]) -> list[tuple[Tensor, Geometry]]:
@@ -65,7 +76,11 @@ def _downsample_operand(stages: Stages, x: Tensor, unit: Unit) -> StridedInput:
 
 
 def bottleneck_forward(
-    x: Tensor, shortcut: Tensor | None, units: Sequence[Unit], channels_last: bool
+    x: Tensor,
+    shortcut: Tensor | None,
+    units: Sequence[Unit],
+    channels_last: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Forward of the block.
 
@@ -75,17 +90,16 @@ def bottleneck_forward(
             else x.
         units: conv1, conv2, conv3[, downsample].
         channels_last: layout of out.
+        backend: see ``dispatch.stages_for``.
 
     Returns:
         out ``[N, 4M, H', W']``; what backward needs: ``[y1, y2, mask, *states]``; the batch mean
         and variance of every normalisation that uses them, in the order of the units.
     """
-    with stages_for(x, _convolutions(units)) as stages:
+    with stages_for(x, _convolutions(units), backend) as stages:
         x = stages.channels_last(x)
-        y1, state1, reported1 = _conv_unit(stages, x, units[0])
-        act1 = activation(y1, units[0], state1)
-        y2, state2, reported2 = _conv_unit(stages, act1, units[1])
-        act2 = activation(y2, units[1], state2)
+        act1, state1, reported1 = _conv_unit(stages, x, units[0])
+        act2, state2, reported2 = _conv_unit(stages, act1, units[1])
         operands: list[Operand] = [_tail_operand(stages, act2, units[1], units[2])]
         residuals = []
         if len(units) > 3:
@@ -93,13 +107,13 @@ def bottleneck_forward(
         else:
             residuals.append(x if shortcut is None else shortcut)
         tails = [
-            tail.forward(unit, stages, operand, pixels(y2))
+            tail.forward(unit, stages, operand, pixels(act2.y))
             for unit, operand in zip(units[2:], operands, strict=True)
         ]
         terms = [t.term for t in tails if t.term is not None]
         residuals += [t.added for t in tails if t.added is not None]
         out, mask = stages.tail_forward(terms, residuals, channels_last)
-    saved = [y1, y2, mask, *state1, *state2, *(s for t in tails for s in t.state.tensors())]
+    saved = [act1.y, act2.y, mask, *state1, *state2, *(s for t in tails for s in t.state.tensors())]
     return out, saved, [*reported1, *reported2, *(r for t in tails for r in t.reported)]
 
 
@@ -165,6 +179,7 @@ def bottleneck_backward(
     needs_weight: Sequence[bool],
     identity: bool,
     channels_last: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor | None, Tensor | None, list[UnitGrads]]:
     """Backward of the block: gradients of x, of a given shortcut, and of every unit's parameters.
 
@@ -175,13 +190,14 @@ def bottleneck_backward(
         needs_x, needs_shortcut, needs_weight: what to compute.
         identity: whether the residual was x itself.
         channels_last: layout of grad_x.
+        backend: see ``dispatch.stages_for``.
     """
     y1, y2, mask = saved[:3]
     state1, state2 = UnitState(*saved[3:5]), UnitState(*saved[5:_NARROW_TENSORS])
     tail_weights = [unit.weight for unit in units[2:]]
     tail_batch = [unit.batch for unit in units[2:]]
     states = tail.unpack_states(tail_weights, tail_batch, pixels(y2), saved[_NARROW_TENSORS:])
-    with stages_for(x, _convolutions(units)) as stages:
+    with stages_for(x, _convolutions(units), backend) as stages:
         x = stages.channels_last(x)
         grad = MaskedGrad(stages.channels_last(grad_out), mask)
         act1 = activation(y1, units[0], state1)
@@ -193,11 +209,11 @@ def bottleneck_backward(
             stages, units[2:], states, operands, grad, pixels(y2), needs_weight[2:]
         )
         g2, sums2 = _operand_gradient(stages, tails[0], grad, units[2].weight, act2, state2.invstd)
-        dy2 = conv_grad(units[1], y2, state2, g2, sums2, act2.scale)
+        dy2 = conv_grad(stages, units[1], y2, state2, g2, sums2, act2.scale)
         geometry = units[1].geometry
         g1, sums1 = stages.conv_dgrad(dy2, units[1].weight, geometry, act1, state1.invstd)
         dw2 = _weight_grad(stages, dy2, act1, units[1], needs_weight[1])
-        dy1 = conv_grad(units[0], y1, state1, g1, sums1, act1.scale)
+        dy1 = conv_grad(stages, units[0], y1, state1, g1, sums1, act1.scale)
         dw1 = _weight_grad(stages, dy1, x, units[0], needs_weight[0])
         grad_x = grad_shortcut = None
         if needs_x:
@@ -231,13 +247,13 @@ def _weight_grad(
 
 
 def conv_bn_relu_forward(
-    x: Tensor, unit: Unit, channels_last: bool
+    x: Tensor, unit: Unit, channels_last: bool, backend: str | None = None
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Forward of ``relu(bn(conv(x)))``: out, ``[y, mean, invstd]``, and the batch statistics."""
-    with stages_for(x, _convolutions([unit])) as stages:
-        y, state, reported = _conv_unit(stages, stages.channels_last(x), unit)
-        out = stages.activation(activation(y, unit, state), channels_last)
-    return out, [y, *state], reported
+    with stages_for(x, _convolutions([unit]), backend) as stages:
+        act, state, reported = _conv_unit(stages, stages.channels_last(x), unit)
+        out = stages.activation(act, channels_last)
+    return out, [act.y, *state], reported
 
 
 def conv_bn_relu_backward(
@@ -248,14 +264,15 @@ def conv_bn_relu_backward(
     needs_x: bool,
     needs_weight: bool,
     channels_last: bool,
+    backend: str | None = None,
 ) -> tuple[Tensor | None, UnitGrads]:
     """Backward of ``relu(bn(conv(x)))``: gradients of x and of the unit's parameters."""
     y, state = saved[0], UnitState(*saved[1:])
-    with stages_for(x, _convolutions([unit])) as stages:
+    with stages_for(x, _convolutions([unit]), backend) as stages:
         x = stages.channels_last(x)
         act = activation(y, unit, state)
         g, sums = stages.relu_backward(grad_out, act, state.invstd)
-        dy = conv_grad(unit, y, state, g, sums, act.scale)
+        dy = conv_grad(stages, unit, y, state, g, sums, act.scale)
         dweight = _weight_grad(stages, dy, x, unit, needs_weight)
         grad_x = None
         if needs_x:

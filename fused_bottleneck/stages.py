@@ -60,6 +60,16 @@ class GradSums(NamedTuple):
     g_xhat: Tensor
 
 
+class BnForward(NamedTuple):
+    """What follows from a normalisation's batch moments: invstd, scale, beta (None for zero) and
+    the mean that the running statistics see, ``[C]`` each."""
+
+    invstd: Tensor
+    scale: Tensor
+    beta: Tensor | None
+    reported: Tensor
+
+
 class FoldedTerm(NamedTuple):
     """One product ``D weight^T + shift`` of the tail: operand and folded convolution."""
 
@@ -269,6 +279,30 @@ class Stages:
         y = self.conv(source, weight, geometry)
         return y, self._moments(y)
 
+    def bn_forward(
+        self,
+        moments: Moments,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> BnForward:
+        """F1 to F2, F2 to F3: the coefficients of a normalisation with batch statistics.
+
+        The convolution's bias is not in the moments; the mean that is reported has it.
+        """
+        invstd = algebra.inverse_std(moments.var, eps)
+        # A new tensor even without a bias: the mean itself is kept for backward.
+        reported = moments.mean.clone() if bias is None else moments.mean + bias
+        shift = None if beta is None else beta.to(invstd.dtype)
+        return BnForward(invstd, algebra.bn_scale(gamma, invstd), shift, reported)
+
+    def bn_backward(
+        self, scale: Tensor, invstd: Tensor, sums: GradSums, count: int, batch: bool
+    ) -> algebra.BnBackward:
+        """B2 to B3, B3 to B5: the coefficients of a normalisation's gradient."""
+        return algebra.bn_backward_coefficients(scale, invstd, *sums, count, batch)
+
     def normalise_(self, act: Activation) -> Tensor:
         """``(y - mean) * scale + beta``, without ReLU; may overwrite y."""
         return self._normalised(act).to(act.y.dtype)
@@ -279,7 +313,10 @@ class Stages:
         return self._operand(act).contiguous(memory_format=layout)
 
     def gram(self, operand: Operand) -> tuple[Tensor, Tensor]:
-        """F3: mean ``[K]`` and biased covariance ``[K, K]`` of the operand's rows, in float64."""
+        """F3: mean ``[K]`` and biased covariance ``[K, K]`` of the operand's rows.
+
+        In float64; of the Triton kernels in the accumulation dtype.
+        """
         d = self._operand(operand)
         sum_d, s = self._gram_sums(d)
         mean = sum_d / pixels(d)

@@ -151,7 +151,7 @@ def product_backward(
     y = stages.conv(source, unit.weight, geometry)
     normalised = UnitState(-state.offset, state.invstd)
     g, sums = stages.masked_reduce(grad, y, *normalised)
-    dy = conv_grad(unit, y, normalised, g, sums)
+    dy = conv_grad(stages, unit, y, normalised, g, sums)
     dweight = sums.g.new_empty(0)
     if needed:
         dweight = stages.conv_wgrad(dy, source, unit.weight, geometry)

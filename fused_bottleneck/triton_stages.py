@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import extension
 from .algebra import OperandGrad
+from .junctions import JunctionStages
 from .kernels import conv1x1, conv2d, fold, gram, pointwise, tail, wgrad
 from .operands import POINTWISE, Activation, ConvGrad, Geometry, MaskedGrad
 from .stages import (
@@ -22,7 +24,6 @@ from .stages import (
     InputTerm,
     Moments,
     Operand,
-    Stages,
 )
 
 
@@ -50,13 +51,14 @@ def _in_layout(t: Tensor, channels_last: bool) -> Tensor:
     return t if channels_last else t.contiguous()
 
 
-class TritonStages(Stages):
+class TritonStages(JunctionStages):
     """The stages with Triton kernels; see ``Stages`` for what each computes."""
 
     def __init__(self, x: Tensor) -> None:
         """x: the program's input, for its device and dtype."""
         self._device: Any = torch.cuda.device(x.device) if x.device.type == "cuda" else None
         self._precision = input_precision(x.dtype)
+        self.has_junctions = x.device.type == "cuda" and not extension.why_no_cuda()
 
     def __enter__(self) -> "TritonStages":
         if self._device is not None:

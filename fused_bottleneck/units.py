@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import algebra
 from .operands import Activation, ConvGrad, Geometry, pixels
-from .stages import GradSums, Moments
+from .stages import GradSums, Moments, Stages
 
 
 class Unit(NamedTuple):
@@ -79,6 +79,17 @@ def unit_state(unit: Unit, moments: Moments) -> UnitState:
     return UnitState(moments.mean, algebra.inverse_std(moments.var, unit.eps))
 
 
+def batch_activation(
+    stages: Stages, y: Tensor, unit: Unit, moments: Moments
+) -> tuple[Activation, UnitState, list[Tensor]]:
+    """relu(BN(y)) with batch statistics as an operand, its state, and what is reported."""
+    invstd, scale, beta, mean = stages.bn_forward(
+        moments, unit.gamma, unit.beta, unit.bias, unit.eps
+    )
+    state = UnitState(moments.mean, invstd)
+    return Activation(y, moments.mean, scale, beta), state, [mean, moments.var]
+
+
 def activation(y: Tensor, unit: Unit, state: UnitState) -> Activation:
     """relu(BN(y)) as an operand."""
     beta = None if unit.beta is None else unit.beta.to(state.mean.dtype)
@@ -86,6 +97,7 @@ def activation(y: Tensor, unit: Unit, state: UnitState) -> Activation:
 
 
 def conv_grad(
+    stages: Stages,
     unit: Unit,
     y: Tensor,
     state: UnitState,
@@ -98,9 +110,7 @@ def conv_grad(
     scale: the unit's, if it is known already.
     """
     scale = unit.scale(state.invstd) if scale is None else scale
-    bn = algebra.bn_backward_coefficients(
-        scale, state.invstd, sums.g, sums.g_xhat, pixels(y), unit.batch
-    )
+    bn = stages.bn_backward(scale, state.invstd, sums, pixels(y), unit.batch)
     return ConvGrad(g, y, state.mean, *bn)
 
 

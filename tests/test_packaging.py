@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,10 +89,13 @@ def test_wheel_installs_and_trains(source_tree: Path, tmp_path: Path) -> None:
     built = run(
         [*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path / "dist", "."],
         source_tree,
+        TORCH_CUDA_ARCH_LIST="9.0",
     )
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert "-cp310-abi3-" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert ("fused_bottleneck/_C_cuda.abi3.so" in names) == (shutil.which("nvcc") is not None)
 
     target = tmp_path / "site"
     installed = run([*pip, "install", "--no-deps", "--target", target, wheel], tmp_path)
@@ -131,3 +135,16 @@ def test_building_without_torch_says_so(source_tree: Path, tmp_path: Path) -> No
 def test_building_without_compiler_says_so(source_tree: Path, env: dict[str, str]) -> None:
     result = run([sys.executable, "setup.py", "--quiet", "build_ext"], source_tree, **env)
     assert_one_sentence(result, "C++17 compiler", "CXX")
+
+
+def test_building_cuda_without_nvcc_says_so(source_tree: Path, tmp_path: Path) -> None:
+    env = {"CUDA_HOME": str(tmp_path), "FUSED_BOTTLENECK_BUILD_CUDA": "1"}
+    result = run([sys.executable, "setup.py", "--quiet", "build_ext"], source_tree, **env)
+    assert_one_sentence(result, "nvcc was not found", "CUDA_HOME")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_wrong_architecture_says_so(source_tree: Path) -> None:
+    env = {"TORCH_CUDA_ARCH_LIST": "8.0;hopper"}
+    result = run([sys.executable, "setup.py", "--quiet", "build_ext"], source_tree, **env)
+    assert_one_sentence(result, "TORCH_CUDA_ARCH_LIST", "'hopper'")

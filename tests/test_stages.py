@@ -1,4 +1,4 @@
-"""Each stage of the CPU implementation against the plain PyTorch one, one image at a time."""
+"""Each stage of the CPU and vendor implementations against the plain PyTorch one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,10 +25,12 @@ from fused_bottleneck.stages import (
     ConvTerm,
     FoldedTerm,
     InputTerm,
+    Operand,
     Stages,
     pack_bits,
     unpack_bits,
 )
+from fused_bottleneck.vendor import VendorStages
 
 pytestmark = pytest.mark.skipif(not extension.load(), reason=extension.reason())
 
@@ -137,11 +139,17 @@ def identity_backward(layout: bool) -> Callable[[Stages, Data], Any]:
     return stage
 
 
+def gram(stages: Stages, operand: Operand) -> list[Tensor]:
+    """F3 in the accumulation dtype, in which the Triton kernels have it."""
+    source = operand.x if isinstance(operand, StridedInput) else operand.y
+    return [t.to(accumulation_dtype(source.dtype)) for t in stages.gram(operand)]
+
+
 STAGES: dict[str, Callable[[Stages, Data], Any]] = {
     "F1": lambda s, d: s.conv_forward(d.image(C, H), d.weight(M, C, 1, 1), POINTWISE),
     "F2": lambda s, d: s.conv_forward(d.activation(M, H), d.weight(M, M, 3, 3), CONV2),
-    "F3": lambda s, d: s.gram(d.activation(M, H, centred=True)),
-    "F3, strided input": lambda s, d: s.gram(d.strided()),
+    "F3": lambda s, d: gram(s, d.activation(M, H, centred=True)),
+    "F3, strided input": lambda s, d: gram(s, d.strided()),
     "F4, identity": tail_forward(1, 1, True),
     "F4, downsample": tail_forward(2, 0, True),
     "F4, two residuals": tail_forward(0, 2, True),
@@ -183,17 +191,24 @@ def tensors_of(result: Any) -> list[Tensor]:
     return [t for part in result for t in tensors_of(part)]
 
 
-@pytest.mark.parametrize("chunks", ["all at once", "one image at a time"])
+IMPLEMENTATIONS: dict[str, type[Stages]] = {
+    "cpu, all at once": CpuStages,
+    "cpu, one image at a time": CpuStages,
+    "vendor": VendorStages,
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage(
-    stage: str, dtype: torch.dtype, chunks: str, monkeypatch: pytest.MonkeyPatch
+    stage: str, dtype: torch.dtype, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if chunks == "one image at a time":
+    if implementation.endswith("one image at a time"):
         one_image_at_a_time(monkeypatch)
     with Stages() as plain:
         want = tensors_of(STAGES[stage](plain, Data(dtype)))
-    with CpuStages() as stages:
+    with IMPLEMENTATIONS[implementation]() as stages:
         got = tensors_of(STAGES[stage](stages, Data(dtype)))
     tolerance = SAME_FORMULA[dtype]
     assert len(got) == len(want) > 0

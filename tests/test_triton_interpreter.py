@@ -129,7 +129,7 @@ def without_beta(stages: Stages, data: Data) -> Any:
     act = data.activation(M, H, centred=True)._replace(beta=None)
     return [
         stages.conv_forward(act, data.weight(M, M, 3, 3), CONV2),
-        stages.gram(act),
+        test_stages.gram(stages, act),
         stages.activation(act, True),
         stages.relu_backward(data.image(M, H), act, data.vector(M)),
     ]
@@ -194,7 +194,7 @@ def test_not_finite(value: float) -> None:
 @pytest.fixture
 def triton_block(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The programs with the Triton stages, on the way that CUDA takes."""
-    monkeypatch.setattr(program, "stages_for", lambda x, convs: TritonStages(x))
+    monkeypatch.setattr(program, "stages_for", lambda x, convs, backend=None: TritonStages(x))
     monkeypatch.setattr(tail, "uses_gram", lambda *sizes: True)
     with config.forced(Config(64, 32, 32, rows=50)):
         yield

@@ -1,15 +1,13 @@
-// What the implementations of the ops share: the arguments of a call, checked as they are taken,
-// and the vectors that its reductions return.
+// What the CPU implementations of the ops share: the arguments of a call and the vectors that its
+// reductions return.
 #pragma once
 
 #include <algorithm>
 #include <functional>
-#include <initializer_list>
 #include <memory>
-#include <utility>
 #include <vector>
 
-#include "../stable_utils.h"
+#include "../arguments.h"
 #include "kernels.h"
 
 namespace fused_bottleneck::cpu {
@@ -28,33 +26,12 @@ inline const Kernels& kernels_for(ScalarType dtype) {
   }
 }
 
-// The arguments of one call, checked against its first matrix as they are taken.
-class Arguments {
+// With host memory to stand in for what is absent: the kernels need no case.
+class Arguments : public fused_bottleneck::Arguments {
  public:
-  Arguments(const char* op, const char* name, const Tensor& matrix)
-      : op_(op), first_name_(name), first_(matrix) {
-    check_matrix(op, name, matrix);
-    rows = matrix.size(0);
-    channels = matrix.size(1);
-    dtype = matrix.scalar_type();
-    acc_dtype = accumulation_dtype(dtype);
-  }
+  using fused_bottleneck::Arguments::Arguments;
 
-  const void* matrix(const char* name, const Tensor& t) const {
-    check_tensor(op_, name, t, dtype, {rows, channels});
-    return t.const_data_ptr();
-  }
-
-  const void* matrix(const char* name, const OptionalTensor& t) const {
-    return t.has_value() ? matrix(name, *t) : nullptr;
-  }
-
-  const void* vector(const char* name, const Tensor& t) const {
-    check_tensor(op_, name, t, acc_dtype, {channels});
-    return t.const_data_ptr();
-  }
-
-  // A vector of `value`, owned by this object, stands in for None: the kernels need no case.
+  // The vector, or one of `value` that this object owns.
   const void* vector_or(double value, const char* name, const OptionalTensor& t) {
     if (t.has_value()) return vector(name, *t);
     if (acc_dtype == ScalarType::Double) {
@@ -63,47 +40,7 @@ class Arguments {
     return floats_.emplace_back(channels, static_cast<float>(value)).data();
   }
 
-  const void* vector_or_null(const char* name, const OptionalTensor& t) const {
-    return t.has_value() ? vector(name, *t) : nullptr;
-  }
-
-  const uint8_t* mask(const Tensor& t) const {
-    check_tensor(op_, "mask", t, ScalarType::Byte, {rows, (channels + 7) / 8});
-    return static_cast<const uint8_t*>(t.const_data_ptr());
-  }
-
-  using Others = std::initializer_list<std::pair<const char*, OptionalTensor>>;
-
-  // The output matrix; it may share memory with an input matrix only exactly.
-  void* output(const char* name, const Tensor& t, Others inputs) const {
-    check_tensor(op_, name, t, dtype, {rows, channels});
-    check_overlap(op_, name, t, first_name_, first_);
-    for (const auto& [input_name, input] : inputs)
-      if (input.has_value()) check_overlap(op_, name, t, input_name, *input);
-    return t.mutable_data_ptr();
-  }
-
-  uint8_t* mask_output(const Tensor& t, Others others) const {
-    mask(t);
-    for (const auto& [other_name, other] : others)
-      if (other.has_value()) check_overlap(op_, "mask", t, other_name, *other);
-    return static_cast<uint8_t*>(t.mutable_data_ptr());
-  }
-
-  void together(const char* a_name, const OptionalTensor& a, const char* b_name,
-                const OptionalTensor& b) const {
-    STD_TORCH_CHECK(a.has_value() == b.has_value(), op_, ": expected ", a_name, " and ", b_name,
-                    " to be given together, got only ", a.has_value() ? a_name : b_name);
-  }
-
-  Tensor new_vector() const { return torch::stable::new_empty(first_, {channels}, acc_dtype); }
-
-  int64_t rows, channels;
-  ScalarType dtype, acc_dtype;
-
  private:
-  const char *op_, *first_name_;
-  const Tensor& first_;
   std::vector<std::vector<float>> floats_;
   std::vector<std::vector<double>> doubles_;
 };
