@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.sass import Code, disassemble, hazards
 from benchmarks.shapes import RESNET50, BlockShape
 from fused_bottleneck import program
 from fused_bottleneck.kernels.config import assumed_architecture
@@ -198,29 +199,49 @@ def _kind(value: Any, is_constant: bool, unspecialised: bool) -> str:
 
 @dataclass(frozen=True)
 class Usage:
-    """Registers per thread, bytes of stack per thread (spills), shared memory; wgmma in the PTX."""
+    """Registers per thread, bytes of stack per thread (spills), shared memory; wgmma in the PTX,
+    products in the intermediate code, and what writes to operands of running products (sass.py).
+    """
 
     registers: int
     stack: int
     shared: int
     wgmma: int
     products: int
+    hazards: tuple[str, ...] = ()
+
+
+def build(spec: Specialisation, architecture: int) -> Any:
+    """Compile for an NVIDIA architecture, 80, 90 or 100 (from Triton's cache if it is there).
+
+    Under the key that a launch looks for: that has an attribute for every constant too, an empty
+    one, in the order of the arguments.
+    """
+    kinds = dict(spec.signature)
+    attributes = {
+        (i,): [["tt.divisibility", ALIGNMENT]] if i in spec.aligned else []
+        for i, name in enumerate(spec.kernel.arg_names)
+        if i in spec.aligned or kinds[name] == "constexpr"
+    }
+    source = ASTSource(spec.kernel, kinds, dict(spec.constants), attributes)
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 def compile_for(spec: Specialisation, architecture: int) -> Usage:
-    """Compile for an NVIDIA architecture, 80, 90 or 100 (from Triton's cache if it is there)."""
-    source = ASTSource(
-        spec.kernel,
-        dict(spec.signature),
-        dict(spec.constants),
-        {(i,): [["tt.divisibility", ALIGNMENT]] for i in spec.aligned},
-    )
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    """What the compiler makes of a kernel for an architecture."""
+    binary = build(spec, architecture)
     registers, stack = _resources(binary.asm["cubin"])
     ptx, ttgir = binary.asm["ptx"], binary.asm["ttgir"]
     products = len(re.findall(r"(?:tt\.dot|warp_group_dot|tc_gen5_mma)\b", ttgir))
-    return Usage(registers, stack, binary.metadata.shared, ptx.count("wgmma.mma_async"), products)
+    wgmma = ptx.count("wgmma.mma_async")
+    found = tuple(hazards(machine_code(binary))) if wgmma else ()
+    return Usage(registers, stack, binary.metadata.shared, wgmma, products, found)
+
+
+def machine_code(binary: Any) -> Code:
+    """The machine code of what ``build`` returns."""
+    return disassemble(binary.asm["cubin"], str(tool("nvdisasm")))
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

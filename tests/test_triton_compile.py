@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import sass
 from fused_bottleneck import dispatch
 from fused_bottleneck.kernels.config import SHARED_MEMORY
 
@@ -46,7 +47,8 @@ def precision_of_convolutions() -> Iterator[None]:
 @pytest.mark.usefixtures("precision_of_convolutions")
 @pytest.mark.parametrize(("precision", "architecture"), CASES)
 def test_compiles_well(precision: str, architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No spills, no more shared memory than any GPU has, wgmma for 16-bit products on Hopper."""
+    """No spills, no more shared memory than any GPU has, wgmma for 16-bit products on Hopper, and
+    no product whose operand is overwritten while it runs."""
     from benchmarks import compiled  # imports triton
 
     if "TRITON_CACHE_DIR" not in os.environ:
@@ -59,6 +61,29 @@ def test_compiles_well(precision: str, architecture: int, monkeypatch: pytest.Mo
         where = f"{spec.name} {spec.blocks}: {usage}"
         assert usage.stack == 0, where
         assert usage.shared <= SHARED_MEMORY, where
+        assert not usage.hazards, where
         is_16_bit = precision in ("bfloat16", "float16") and spec.name not in EXACT
         if architecture == 90 and is_16_bit and usage.products:
             assert usage.wgmma > 0, where
+
+
+LISTING = """
+.L_x_0:
+        /*0000*/                   LDS.64 R4, [R2] ;
+        /*0010*/                   WARPGROUP.ARRIVE ;
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0 ;
+{wait}
+        /*0040*/              @!P0 BRA `(.L_x_0) ;
+        /*0050*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("wait", "expected"), [("", 2), ("gsb0, 0x1", 2), ("gsb0, 0x0", 0)], ids=str
+)
+def test_hazards_are_found(wait: str, expected: int) -> None:
+    """A loop whose head loads into the registers that the last step's product still reads."""
+    line = f"        /*0030*/                   WARPGROUP.DEPBAR.LE {wait} ;" if wait else ""
+    code = sass.parse(LISTING.format(wait=line))
+    assert [code.products(loop) for loop in code.loops] == [1]
+    assert len(sass.hazards(code)) == expected

@@ -110,6 +110,21 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def product_constants(
+    precision: str, like: Tensor, is_computed: bool = True
+) -> dict[str, str | bool]:
+    """The constants of a kernel's products on like's device, in its dtype (see prologues.product).
+
+    is_computed: whether an operand is made in registers. On Hopper alone such products are to be
+    awaited: older GPUs' are synchronous, newer ones read no operand from registers, and exact
+    float32 takes none of these instructions. The interpreter (like is on the CPU) takes no
+    assembly.
+    """
+    is_hopper = like.device.type != "cpu" and _architecture(like.device)[0] == HOPPER[0]
+    is_tensor_core = like.dtype != torch.float32 or precision == "tf32"
+    return {"INPUT_PRECISION": precision, "AWAIT": is_computed and is_hopper and is_tensor_core}
+
+
 # Pixels of one partial result, at most: float32 accumulates over them, and the partials are added
 # in float64. A covariance feeds a variance that may be small against it, so that its are shorter;
 # where a partial is large (many channels) it must not be written too often.

@@ -18,6 +18,7 @@ from .prologues import (
     load_centred,
     load_conv_grad,
     load_masked_grad,
+    product,
     put_tile,
     store_moments,
     tile,
@@ -112,6 +113,7 @@ def _add_downsample(
     N,
     W,
     INPUT_PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -121,13 +123,13 @@ def _add_downsample(
         offs_k = k + tl.arange(0, BLOCK_K)
         g = load_masked_grad(grad_ptr, bits_ptr, rows_q, mask_p, W, k, BLOCK_M, BLOCK_K)
         a = tile(a_ptr, offs_k, offs_k < W, N, offs_n, mask_n)
-        acc = tl.dot(g, a, acc, input_precision=INPUT_PRECISION)
+        acc = product(g, a, acc, INPUT_PRECISION, AWAIT)
     if b_ptr is not None:
         for k in range(0, N, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
             d = load_centred(x_ptr, centre_ptr, rows, mask_p, N, offs_k, offs_k < N)
             b = tile(b_ptr, offs_k, offs_k < N, N, offs_n, mask_n)
-            acc = tl.dot(d, b, acc, input_precision=INPUT_PRECISION)
+            acc = product(d, b, acc, INPUT_PRECISION, AWAIT)
         acc += channels(shift_ptr, offs_n, mask_n)
     return acc
 
@@ -159,6 +161,7 @@ def _input_dgrad_kernel(
     SH: tl.constexpr,
     SW: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -195,12 +198,12 @@ def _input_dgrad_kernel(
             g1_ptr, y1_ptr, mean_ptr, scale_ptr, k0_ptr, k1_ptr, rows, mask_p, M, offs_k, mask_k
         )
         w1 = tile(w_ptr, offs_k, mask_k, N, offs_n, mask_n)
-        acc = tl.dot(dy, w1, acc, input_precision=INPUT_PRECISION)
+        acc = product(dy, w1, acc, INPUT_PRECISION, AWAIT)
     if RESIDUAL == "downsample":  # noqa: SIM102
         if pid % (SH * SW) == 0:
             acc = _add_downsample(
                 acc, grad_ptr, bits_ptr, a_ptr, x_ptr, centre_ptr, b_ptr, shift_ptr, rows_q, rows,
-                mask_p, offs_n, N, W, INPUT_PRECISION, BLOCK_M, BLOCK_K,
+                mask_p, offs_n, N, W, INPUT_PRECISION, AWAIT, BLOCK_M, BLOCK_K,
             )  # fmt: skip
     if RESIDUAL == "identity":
         start = tl.multiple_of(tl.program_id(0) % cdiv(N, BLOCK_N) * BLOCK_N, BLOCK_N)
@@ -273,7 +276,7 @@ def input_dgrad(
         RESIDUAL=residual.kind,
         SH=sh,
         SW=sw,
-        INPUT_PRECISION=precision,
+        **config.product_constants(precision, x),
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,

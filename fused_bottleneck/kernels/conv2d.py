@@ -16,6 +16,7 @@ from .prologues import (
     cdiv,
     load_activation,
     load_conv_grad,
+    product,
     put_tile,
     store_moments,
     store_through_relu,
@@ -51,6 +52,7 @@ def _conv2d_forward_kernel(
     DH: tl.constexpr,
     DW: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -86,7 +88,7 @@ def _conv2d_forward_kernel(
         else:
             x = tile(x_ptr, rows, inside, C, offs_k, mask_k)
         weight = tile(w_ptr + tap * C, offs_n, mask_n, KH * KW * C, offs_k, mask_k)
-        acc = tl.dot(x, tl.trans(weight), acc, input_precision=INPUT_PRECISION)
+        acc = product(x, tl.trans(weight), acc, INPUT_PRECISION, AWAIT)
     y = acc.to(y_ptr.dtype.element_ty)
     put_tile(y_ptr, offs_q.to(tl.int64), mask_q, N, offs_n, mask_n, y)
     count = tl.minimum(Q - part * BLOCK_M, BLOCK_M)
@@ -137,7 +139,7 @@ def conv2d_forward(
         *size,
         parts,
         **_constants(weight, geometry),
-        INPUT_PRECISION=precision,
+        **config.product_constants(precision, x, isinstance(source, Activation)),
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,
@@ -197,6 +199,7 @@ def _conv2d_dgrad_kernel(
     DH: tl.constexpr,
     DW: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -237,7 +240,7 @@ def _conv2d_dgrad_kernel(
             g_ptr, y_ptr, mean_ptr, scale_ptr, k0_ptr, k1_ptr, rows, inside, C, offs_k, mask_k
         )
         weight = tile(w_ptr + (kh * KW + kw) * N, offs_k, mask_k, KH * KW * N, offs_n, mask_n)
-        acc = tl.dot(dy, weight, acc, input_precision=INPUT_PRECISION)
+        acc = product(dy, weight, acc, INPUT_PRECISION, AWAIT)
     rows = (image.to(tl.int64) * H + h) * W + w
     if HAS_RELU:
         store_through_relu(
@@ -298,7 +301,7 @@ def conv2d_dgrad(
         STEP_H=sh // gcd(sh, dh),
         STEP_W=sw // gcd(sw, dw),
         **_constants(weight, geometry),
-        INPUT_PRECISION=precision,
+        **config.product_constants(precision, x),
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,

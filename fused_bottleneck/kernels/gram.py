@@ -10,7 +10,7 @@ from ..stages import Operand
 from . import config
 from .config import blocks
 from .launch import launch
-from .prologues import cdiv, lane_sums, load_activation, load_centred, strided_rows
+from .prologues import cdiv, lane_sums, load_activation, load_centred, product, strided_rows
 
 
 @triton.jit
@@ -71,6 +71,7 @@ def _gram_kernel(
     SW: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -104,7 +105,7 @@ def _gram_kernel(
                 y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, offs_q, mask_q, offs_j, K,
                 OH, OW, H, W, SH, SW,
             )  # fmt: skip
-        acc = tl.dot(tl.trans(left), right, acc, input_precision=INPUT_PRECISION)
+        acc = product(tl.trans(left), right, acc, INPUT_PRECISION, AWAIT)
     mask_i, mask_j = offs_i < K, offs_j < K
     row = (part * K + offs_i).to(tl.int64) * K
     where = row[:, None] + offs_j[None, :]
@@ -180,7 +181,7 @@ def gram(operand: Operand, precision: str) -> tuple[Tensor, Tensor]:
         SH=stride[0],
         SW=stride[1],
         ONE_BLOCK=count == 1,
-        INPUT_PRECISION=precision,
+        **config.product_constants(precision, source),
         BLOCK=cfg.block_m,
         BLOCK_K=cfg.block_k,
         config=cfg,

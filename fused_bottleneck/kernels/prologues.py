@@ -123,6 +123,26 @@ def load_masked_grad(
     return tl.where(tl.reshape(bits, [BLOCK_R, BLOCK]) != 0, grad, 0.0)
 
 
+# Products.
+
+
+@triton.jit
+def product(a, b, acc, INPUT_PRECISION: tl.constexpr, AWAIT: tl.constexpr):
+    """``acc + a b`` for operands that were computed in registers.
+
+    AWAIT: finish it within the step. Hopper's products are asynchronous, and Triton lets one run
+    on into the next step of a loop, where the prologue then overwrites the registers that it is
+    still reading its left operand from (github.com/triton-lang/triton/issues/9433). An
+    accumulator that is used in the step, if only to be moved, makes Triton wait for it there.
+    """
+    acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+    if AWAIT:
+        acc = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return acc
+
+
 # Results.
 
 

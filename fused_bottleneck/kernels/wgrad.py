@@ -23,6 +23,7 @@ from .prologues import (
     load_activation,
     load_conv_grad,
     load_masked_grad,
+    product,
     tile,
 )
 from .reduce import products_of
@@ -32,7 +33,7 @@ from .reduce import products_of
 def _grad_product(
     grad_ptr, bits_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, start, end, pid_w, pid_k,
     W, K, OH, OW, H, W_IN, SH: tl.constexpr, SW: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    AWAIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A block of ``g^T D`` over the pixels start to end, and g's column sums in 16 lanes."""
     offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -49,7 +50,7 @@ def _grad_product(
             y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, offs_q, mask_q, offs_k, K,
             OH, OW, H, W_IN, SH, SW,
         )  # fmt: skip
-        acc = tl.dot(tl.trans(g), d, acc, input_precision=INPUT_PRECISION)
+        acc = product(tl.trans(g), d, acc, INPUT_PRECISION, AWAIT)
     return acc, sums
 
 
@@ -77,6 +78,7 @@ def _tail_wgrad_kernel(
     SH: tl.constexpr,
     SW: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -101,7 +103,8 @@ def _tail_wgrad_kernel(
     if pid_k < blocks_k:
         acc, sums = _grad_product(
             grad_ptr, bits_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, start, end,
-            pid_w, pid_k, W, K, OH, OW, OH, OW, 1, 1, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            pid_w, pid_k, W, K, OH, OW, OH, OW, 1, 1, INPUT_PRECISION, AWAIT, BLOCK_M, BLOCK_N,
+            BLOCK_K,
         )  # fmt: skip
         offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
         where = offs_w[:, None] * K + offs_k[None, :]
@@ -111,8 +114,8 @@ def _tail_wgrad_kernel(
     elif x_ptr is not None:
         acc, sums = _grad_product(
             grad_ptr, bits_ptr, x_ptr, None, None, None, x_centre_ptr, start, end, pid_w,
-            pid_k - blocks_k, W, C, OH, OW, H, W_IN, SH, SW, INPUT_PRECISION, BLOCK_M, BLOCK_N,
-            BLOCK_K,
+            pid_k - blocks_k, W, C, OH, OW, H, W_IN, SH, SW, INPUT_PRECISION, AWAIT, BLOCK_M,
+            BLOCK_N, BLOCK_K,
         )  # fmt: skip
         offs_c = (pid_k - blocks_k) * BLOCK_N + tl.arange(0, BLOCK_N)
         where = W * K + offs_w[:, None] * C + offs_c[None, :]
@@ -159,7 +162,7 @@ def tail_wgrad(
         cfg.rows,
         SH=stride[0],
         SW=stride[1],
-        INPUT_PRECISION=precision,
+        **config.product_constants(precision, grad.grad_out),
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,
@@ -203,6 +206,7 @@ def _conv_wgrad_kernel(
     DH: tl.constexpr,
     DW: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -247,7 +251,7 @@ def _conv_wgrad_kernel(
                 )  # fmt: skip
             else:
                 a = tile(x_ptr, rows, inside, C, offs_c, mask_c)
-            acc = tl.dot(tl.trans(dy), a, accs[i], input_precision=INPUT_PRECISION)
+            acc = product(tl.trans(dy), a, accs[i], INPUT_PRECISION, AWAIT)
             sums = sums + (acc,)  # type: ignore[assignment]  # noqa: RUF005
         accs = sums
     partial_ptr += part.to(tl.int64) * (M * KH * KW) * C
@@ -298,7 +302,7 @@ def conv_wgrad(
         PW=pw,
         DH=dh,
         DW=dw,
-        INPUT_PRECISION=precision,
+        **config.product_constants(precision, weight),
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,
