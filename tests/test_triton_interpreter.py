@@ -141,37 +141,6 @@ def test_without_beta() -> None:
     assert_same(without_beta, torch.float32)
 
 
-def folding(affine: bool) -> Callable[[Stages, Data], Any]:
-    """What lies between the tail's stages, on coefficients of the right kind."""
-
-    def stage(stages: Stages, data: Data) -> Any:
-        weight, s = data.weight(W, M, 1, 1), data.weight(W, M).float()
-        gamma, beta = (data.vector(W), data.vector(W)) if affine else (None, None)
-        mean_d, centre, sum_g = data.vector(M), data.vector(M), data.vector(W)
-        root = data.weight(M, M).float()
-        cov = root @ root.t() / M
-        folded, moments, invstd, offset = stages.fold(
-            weight, gamma, beta, 1e-3, centre, mean_d, cov
-        )
-        a = stages.folded_weight(weight, gamma, invstd)
-        assert torch.equal(a, folded.weight)
-        backward = stages.fold_backward(
-            weight, gamma, invstd, offset, centre, mean_d, cov, a, s, sum_g, 100
-        )
-        dgamma, dweight, coefficients = backward
-        return [folded, moments, invstd, offset, dgamma, dweight.to(weight.dtype), coefficients]
-
-    return stage
-
-
-@interpreted
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("affine", [True, False])
-def test_folding(affine: bool, dtype: torch.dtype) -> None:
-    assert_same(folding(affine), dtype)
-
-
 @interpreted
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
