@@ -67,6 +67,39 @@ def test_compiles_well(precision: str, architecture: int, monkeypatch: pytest.Mo
             assert usage.wgmma > 0, where
 
 
+def test_keys_are_those_of_launches() -> None:
+    """What is compiled ahead is found by a launch: the sources of both have one hash.
+
+    As a launch makes it, without a driver: by the parts of Triton's own (JITFunction.run).
+    """
+    from triton.backends.nvidia.compiler import CUDABackend, GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import create_function_from_signature
+
+    from benchmarks import compiled
+    from benchmarks.shapes import RESNET50
+
+    backend = CUDABackend(GPUTarget("cuda", 90, 32))
+    forward, backward = compiled.step_calls(RESNET50[2], 256, torch.bfloat16)
+    for call in forward + backward:
+        spec = compiled.specialise(call)
+        kernel = call.kernel
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        arguments = [
+            torch.empty(64, dtype=a.dtype) if isinstance(a, torch.Tensor) else a
+            for a in call.arguments
+        ]
+        options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+        keywords = call.constants | options | {"debug": False, "instrumentation_mode": ""}
+        bound, specialisation, rest = bind(*arguments, **keywords)
+        parsed, signature, constants, attributes = kernel._pack_args(
+            backend, keywords, bound, specialisation, rest
+        )
+        launched = ASTSource(kernel, signature, constants, attributes)
+        assert compiled.source(spec).hash() == launched.hash(), spec.name
+        assert backend.parse_options(options).hash() == parsed.hash(), spec.name
+
+
 LISTING = """
 .L_x_0:
         /*0000*/                   LDS.64 R4, [R2] ;
