@@ -47,7 +47,7 @@ $(built): $(tools) setup.py pyproject.toml $(sources)
 	$(pip) install --no-build-isolation --no-deps -e .
 	@mkdir -p $(@D) && touch $@
 
-$(library): setup.py $(sources) | check
+$(library): setup.py $(sources)
 	$(interpreter) setup.py build_ext --inplace
 	@touch $@
 

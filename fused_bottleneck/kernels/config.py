@@ -26,16 +26,25 @@ def blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-# The reduce kernels: parts per step of a channel (block_m), elements of a product (block_n).
-REDUCE = Config(block_m=1024, block_n=256, block_k=0, num_warps=4, num_stages=1)
-# The covariance of the combined parts; the elementwise kernels.
-COVARIANCE = Config(block_m=16, block_n=64, block_k=0, num_warps=4, num_stages=1)
+# Combining a channel's statistics: parts per step; the elementwise kernels.
+REDUCE = Config(block_m=1024, block_n=0, block_k=0, num_warps=4, num_stages=1)
 POINTWISE = Config(block_m=64, block_n=64, block_k=0, num_warps=4, num_stages=1)
 
 # The algebra of the folded units, in exact float32: rows of the weight; blocks of B; its shift.
 FOLD = Config(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=2)
 FOLD_PRODUCT = Config(block_m=32, block_n=32, block_k=32, num_warps=4, num_stages=2)
 FOLD_SHIFT = Config(block_m=0, block_n=32, block_k=32, num_warps=4, num_stages=2)
+
+# Combining products over pixels: elements in flight in a program, parts of them at most.
+_COMBINED, _MOST_PARTS = 2048, 32
+
+
+def combining(parts: int) -> Config:
+    """Parts per step (block_m) and elements of a program (block_n) that adds up partial products:
+    many parts at a time as long as there are many, then many elements."""
+    lanes = min(_MOST_PARTS, max(4, 1 << (parts - 1).bit_length()))
+    return Config(lanes, _COMBINED // lanes, block_k=0, num_warps=4, num_stages=1)
+
 
 _forced: Config | None = None
 _overrides: dict[Problem, Config] = {}
