@@ -141,13 +141,13 @@ _MOST_ROWS = {
     "gram": 2048,
     "tail_wgrad": 4096,
     "tail_wgrad_downsample": 4096,
-    "conv_wgrad_pointwise": 8192,
-    "conv_wgrad_taps": 8192,
+    "conv_wgrad_pointwise": 9216,
+    "conv_wgrad_taps": 9216,
 }
 _LEAST_ROWS = 512
-# Programs of a product over pixels: two for each multiprocessor of the largest GPUs. More would
-# only write more partials (at 7x7 those of dW2 weigh more than its operands).
-_PROGRAMS = 264
+# Multiprocessors of the largest GPU of an architecture, by its major number.
+_MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}
+_WARPS_AT_ONCE = 8  # of a product over pixels on a multiprocessor: registers allow no more
 _TAPS = 9  # of a 3x3 convolution
 _SMALL_GRAM = 256
 
@@ -158,19 +158,31 @@ def default(problem: Problem, architecture: tuple[int, int]) -> Config:
     config = _blocks(problem, architecture)
     if problem.stage not in _MOST_ROWS:
         return config
-    return _with_rows(problem, config)
+    return _with_rows(problem, config, _MULTIPROCESSORS.get(architecture[0], 132))
 
 
-def _with_rows(problem: Problem, config: Config) -> Config:
-    """The configuration with the pixels per partial result."""
+def _with_rows(problem: Problem, config: Config, multiprocessors: int) -> Config:
+    """The configuration with the pixels per partial result.
+
+    As many parts as fill the GPU in whole rounds of programs: one program more would be another
+    round. Of the fewest rounds that keep to the longest part, and up to two more, those in which
+    the least is idle; more parts only write more partial results (at 7x7 those of dW2 weigh more
+    than its operands).
+    """
     stage, m, n, k, _ = problem
     most = _MOST_ROWS[stage]
     if stage == "gram" and m <= _SMALL_GRAM:
         most //= 2
     tiles = blocks(m, config.block_m) * blocks(n, config.block_n)
+    if stage == "gram":  # those on and above the diagonal
+        tiles = (tiles + blocks(m, config.block_m)) // 2
     if stage == "conv_wgrad_taps":
         tiles *= _TAPS // config.taps
-    rows = max(_LEAST_ROWS, min(most, blocks(k, blocks(_PROGRAMS, tiles))))
+    slots = multiprocessors * max(1, _WARPS_AT_ONCE // config.num_warps)
+    fewest = blocks(blocks(k, most) * tiles, slots)
+    parts = {rounds: max(1, rounds * slots // tiles) for rounds in range(fewest, fewest + 3)}
+    best = min(parts, key=lambda rounds: rounds / parts[rounds])
+    rows = max(_LEAST_ROWS, blocks(k, parts[best]))
     return replace(config, rows=blocks(rows, config.block_k) * config.block_k)
 
 
@@ -182,7 +194,7 @@ def _blocks(problem: Problem, architecture: tuple[int, int]) -> Config:
     stage, _, n, _, dtype = problem
     if dtype == torch.float32:
         return _float32_blocks(stage, architecture)
-    narrow = n <= 64
+    narrow = n <= (128 if stage == "tail_wgrad_downsample" else 64)  # that has two operands
     if stage == "gram":
         return Config(64, 64, 64, 4, 3) if narrow else Config(128, 128, 32, 8, 4)
     if stage in ("tail_wgrad", "tail_wgrad_downsample") and architecture >= BLACKWELL and narrow:

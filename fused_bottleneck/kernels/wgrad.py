@@ -135,9 +135,9 @@ def tail_wgrad(
     assert x_s is None or isinstance(x_s, StridedInput)
     rows, wide, channels = pixels(grad.grad_out), grad.grad_out.shape[1], act.y.shape[1]
     x_channels = 0 if x_s is None else x_s.x.shape[1]
-    columns, widest = channels + x_channels, max(channels, x_channels)
+    columns = channels + x_channels
     stage = "tail_wgrad" if x_s is None else "tail_wgrad_downsample"
-    cfg = config.choose(stage, wide, widest, rows, grad.grad_out)
+    cfg = config.choose(stage, wide, columns, rows, grad.grad_out)
     parts, size = blocks(rows, cfg.rows), wide * (columns + 1)
     device = grad.grad_out.device
     partial = torch.empty((parts, size), dtype=torch.float32, device=device)
