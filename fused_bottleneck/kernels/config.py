@@ -83,10 +83,19 @@ def asked() -> Iterator[list[Problem]]:
         _asked = previous
 
 
-def choose(stage: str, m: int, n: int, k: int, like: Tensor) -> Config:
-    """The configuration of a stage for its product's sizes, on like's device in its dtype."""
+# The end of a stage's name where it computes a convolution's operand on load.
+ON_LOAD = "_on_load"
+
+
+def choose(stage: str, m: int, n: int, k: int, like: Tensor, is_computed: bool = False) -> Config:
+    """The configuration of a stage for its product's sizes, on like's device in its dtype.
+
+    is_computed: whether a convolution's operand is computed on load (rules.writes_operand).
+    """
     if _forced is not None:
         return _forced
+    if is_computed:
+        stage += ON_LOAD
     problem = Problem(stage, m, n, k, like.dtype)
     if _asked is not None:
         _asked.append(problem)
@@ -156,7 +165,7 @@ _SMALL_GRAM = 256
 def default(problem: Problem, architecture: tuple[int, int]) -> Config:
     """The analytical default: see ``_blocks``; over pixels, as many rows as fill the GPU."""
     config = _blocks(problem, architecture)
-    if problem.stage not in _MOST_ROWS:
+    if problem.stage.removesuffix(ON_LOAD) not in _MOST_ROWS:
         return config
     return _with_rows(problem, config, _MULTIPROCESSORS.get(architecture[0], 132))
 
@@ -169,7 +178,7 @@ def _with_rows(problem: Problem, config: Config, multiprocessors: int) -> Config
     the least is idle; more parts only write more partial results (at 7x7 those of dW2 weigh more
     than its operands).
     """
-    stage, m, n, k, _ = problem
+    stage, (m, n, k) = problem.stage.removesuffix(ON_LOAD), problem[1:4]
     most = _MOST_ROWS[stage]
     if stage == "gram" and m <= _SMALL_GRAM:
         most //= 2
@@ -194,6 +203,7 @@ def _blocks(problem: Problem, architecture: tuple[int, int]) -> Config:
     stage, _, n, _, dtype = problem
     if dtype == torch.float32:
         return _float32_blocks(stage, architecture)
+    stage = stage.removesuffix(ON_LOAD)
     narrow = n <= (128 if stage == "tail_wgrad_downsample" else 64)  # that has two operands
     if stage == "gram":
         return Config(64, 64, 64, 4, 3) if narrow else Config(128, 128, 32, 8, 4)

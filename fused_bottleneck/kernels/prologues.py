@@ -22,6 +22,15 @@ def channels(ptr, offs, mask):
 
 
 @triton.jit
+def below(offs, size, EVEN: tl.constexpr):
+    """``offs < size``; EVEN: it is so, as the blocks divide the sizes, and costs no instruction."""
+    if EVEN:
+        return tl.full(offs.shape, True, tl.int1)
+    else:
+        return offs < size
+
+
+@triton.jit
 def tile(ptr, rows, mask_rows, stride, offs, mask):
     """``[BLOCK_ROWS, BLOCK]`` of a matrix with rows of ``stride`` elements; rows int64."""
     where = rows[:, None] * stride + offs[None, :]
@@ -96,15 +105,18 @@ def load_centred(x_ptr, centre_ptr, rows, mask_rows, C, offs, mask):
 def load_conv_grad(
     g_ptr, y_ptr, mean_ptr, scale_ptr, k0_ptr, k1_ptr, rows, mask_rows, C, offs, mask
 ):
-    """A tile of ``dy = scale * (g - k0 - (y - mean) * k1)``; k0_ptr None: ``scale * g``."""
+    """A tile of ``dy = scale * (g - k0 - (y - mean) * k1)``; k0_ptr None: ``scale * g``;
+    scale_ptr None: g is dy already."""
     g = tile(g_ptr, rows, mask_rows, C, offs, mask)
-    dy = g.to(tl.float32)
-    if k0_ptr is not None:
-        y = tile(y_ptr, rows, mask_rows, C, offs, mask).to(tl.float32)
-        mean = channels(mean_ptr, offs, mask)
-        dy -= channels(k0_ptr, offs, mask) + (y - mean) * channels(k1_ptr, offs, mask)
-    dy *= channels(scale_ptr, offs, mask)
-    return tl.where(mask_rows[:, None], dy, 0.0).to(g.dtype)
+    if scale_ptr is not None:
+        dy = g.to(tl.float32)
+        if k0_ptr is not None:
+            y = tile(y_ptr, rows, mask_rows, C, offs, mask).to(tl.float32)
+            mean = channels(mean_ptr, offs, mask)
+            dy -= channels(k0_ptr, offs, mask) + (y - mean) * channels(k1_ptr, offs, mask)
+        dy *= channels(scale_ptr, offs, mask)
+        g = tl.where(mask_rows[:, None], dy, 0.0).to(g.dtype)
+    return g
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from ..stages import Operand
 from . import config
 from .config import blocks
 from .gram import load_operand
-from .launch import launch
+from .launch import grad_pointers, launch, source_pointers
 from .prologues import (
     cdiv,
     lane_sums,
@@ -213,11 +213,11 @@ def _conv_wgrad_kernel(
 ):
     """B4, B5: ``dW = sum over pixels of dy^T a`` for TAPS neighbouring taps, over ROWS pixels.
 
-    dy ``[Q, M]`` from (g, y); a ``[images * H * W, C]``: relu(BN(x)), or x (x_scale_ptr None);
-    partial ``[parts, M, KH, KW, C]``. A program owns a block ``[BLOCK_M, BLOCK_N]`` of the
-    weight's channels, TAPS taps and one part; the programs of one part are neighbours, so that dy
-    and a come from L2 for all but the first. Bytes: g + y + x, and 4 M C KH KW per part;
-    FLOPs: 2 Q M C KH KW.
+    dy ``[Q, M]`` from (g, y), or g itself (scale_ptr None); a ``[images * H * W, C]``:
+    relu(BN(x)), or x (x_scale_ptr None); partial ``[parts, M, KH, KW, C]``. A program owns a block
+    ``[BLOCK_M, BLOCK_N]`` of the weight's channels, TAPS taps and one part; the programs of one
+    part are neighbours, so that dy and a come from L2 for all but the first. Bytes: dy + a, and
+    4 M C KH KW per part; FLOPs: 2 Q M C KH KW.
     """
     pid = tl.program_id(0)
     tap = pid % (KH * KW // TAPS) * TAPS
@@ -262,19 +262,24 @@ def _conv_wgrad_kernel(
 
 
 def conv_wgrad(
-    grad: ConvGrad,
+    grad: Tensor | ConvGrad,
     source: Tensor | Activation,
     weight: Tensor,
     geometry: Geometry,
     precision: str,
 ) -> Tensor:
     """B4, B5: the gradient of the weight ``[M, C, kh, kw]``, channels_last, in its dtype."""
-    x, *coefficients = source if isinstance(source, Activation) else (source, *(None,) * 4)
+    x, *coefficients = source_pointers(source)
+    g, *_ = grad_pointers(grad)
+    assert x is not None
+    assert g is not None
+    is_computed = isinstance(grad, ConvGrad) or isinstance(source, Activation)
     out_channels, channels, kh, kw = weight.shape
     (sh, sw), (ph, pw), (dh, dw), _ = geometry
-    rows = pixels(grad.g)
+    rows = pixels(g)
     kind = "pointwise" if kh * kw == 1 else "taps"
-    cfg = config.choose(f"conv_wgrad_{kind}", out_channels, channels, rows, weight)
+    stage = f"conv_wgrad_{kind}"
+    cfg = config.choose(stage, out_channels, channels, rows, weight, is_computed)
     taps = kw if kw <= cfg.taps else 1
     parts = blocks(rows, cfg.rows)
     device = weight.device
@@ -283,7 +288,7 @@ def conv_wgrad(
     launch(
         _conv_wgrad_kernel,
         (tiles * (kh * kw // taps) * parts,),
-        *grad,
+        *grad_pointers(grad),
         x,
         *coefficients,
         partial,
@@ -291,7 +296,7 @@ def conv_wgrad(
         out_channels,
         channels,
         *x.shape[2:],
-        *grad.g.shape[2:],
+        *g.shape[2:],
         cfg.rows,
         TAPS=taps,
         KH=kh,
@@ -302,7 +307,7 @@ def conv_wgrad(
         PW=pw,
         DH=dh,
         DW=dw,
-        **config.product_constants(precision, weight),
+        **config.product_constants(precision, weight, is_computed),
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,
