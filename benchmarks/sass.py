@@ -37,10 +37,13 @@ class Code:
     instructions: Sequence[str]
     loops: Sequence[Loop]
 
+    def body(self, loop: Loop) -> Sequence[str]:
+        """A loop's instructions."""
+        return self.instructions[loop.first : loop.last + 1]
+
     def products(self, loop: Loop) -> int:
         """The asynchronous products in a loop's body."""
-        body = self.instructions[loop.first : loop.last + 1]
-        return sum(line.startswith("HGMMA") for line in body)
+        return sum(line.startswith("HGMMA") for line in self.body(loop))
 
 
 def parse(listing: str) -> Code:
@@ -77,6 +80,20 @@ def _execution(code: Code) -> Iterator[str]:
         i = again.pop(i, i + 1)
 
 
+def _left_operand(operands: str) -> int | None:
+    """The first register of a product's left operand; None where that is in shared memory."""
+    left = re.fullmatch(r"R(\d+)", operands.split(",")[1].strip())
+    return int(left.group(1)) if left else None
+
+
+def reads_registers(code: Code) -> bool:
+    """Whether a product takes its left operand from registers."""
+    return any(
+        line.startswith("HGMMA") and _left_operand(line.partition(" ")[2]) is not None
+        for line in code.instructions
+    )
+
+
 def _width(operation: str) -> int:
     """How many registers an operation writes, at most."""
     if operation.startswith("LDSM") or ".128" in operation:
@@ -93,9 +110,8 @@ def hazards(code: Code) -> list[str]:
     for line in _execution(code):
         operation, _, operands = line.partition(" ")
         if operation.startswith("HGMMA"):
-            left = re.fullmatch(r"R(\d+)", operands.split(",")[1].strip())
-            if left:
-                first = int(left.group(1))
+            first = _left_operand(operands)
+            if first is not None:
                 current |= dict.fromkeys(range(first, first + _OPERAND_REGISTERS), line)
             if "gsb0" in line:
                 groups.append(current)

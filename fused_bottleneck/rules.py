@@ -16,6 +16,9 @@ def uses_gram(device: str, pixels: int, channels: int, width: int) -> bool:
     return gram < 1.3 * pixels * width
 
 
+LEAST_READS_TO_WRITE = 2  # a large one has every operand computed on load, to measure that
+
+
 def writes_operand(reads: int) -> bool:
     """Whether a GPU product's operand is written once and read plain, not computed on load.
 
@@ -26,7 +29,7 @@ def writes_operand(reads: int) -> bool:
     bytes (1 ps).
     By arithmetic on compiled kernels (benchmarks.kernel_report), not yet by measurement.
     """
-    return reads > 1
+    return reads >= LEAST_READS_TO_WRITE
 
 
 _WINOGRAD_PIXELS = 512

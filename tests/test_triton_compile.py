@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import sass
-from fused_bottleneck import dispatch
+from fused_bottleneck import dispatch, rules
 from fused_bottleneck.kernels.config import SHARED_MEMORY
 
 triton = pytest.importorskip("triton")
@@ -65,6 +65,35 @@ def test_compiles_well(precision: str, architecture: int, monkeypatch: pytest.Mo
         is_16_bit = precision in ("bfloat16", "float16") and spec.name not in EXACT
         if architecture == 90 and is_16_bit and usage.products:
             assert usage.wgmma > 0, where
+
+
+@pytest.mark.slow
+def test_plain_operands_come_from_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 3x3 convolutions' products on Hopper: both operands copied ahead, asynchronously, in
+    few instructions; computed on load they are in registers, and take three times as many."""
+    from benchmarks import compiled
+    from benchmarks.shapes import RESNET50
+
+    if "TRITON_CACHE_DIR" not in os.environ:
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(CACHE))
+    for written in (True, False):
+        monkeypatch.setattr(rules, "LEAST_READS_TO_WRITE", 2 if written else 99)
+        calls = compiled.step_calls(RESNET50[1], 256, torch.bfloat16)
+        for spec in compiled.distinct(calls[0] + calls[1]):
+            if "3x3" not in spec.variant:
+                continue
+            usage, code = (
+                compiled.compile_for(spec, 90),
+                compiled.machine_code(compiled.build(spec, 90)),
+            )
+            assert usage.stack == 0
+            assert not usage.hazards
+            assert sass.reads_registers(code) != written, spec.name
+            for loop in code.loops:
+                products, body = code.products(loop), code.body(loop)
+                if products:
+                    assert any(line.startswith("LDGSTS") for line in body), spec.name
+                    assert (len(body) <= 45 * products) == written, spec.name
 
 
 def test_keys_are_those_of_launches() -> None:

@@ -19,7 +19,7 @@ from helpers import Case, Result, assert_criterion, channels_last, errors, in_dt
 from test_stages import CONV2, STAGES, Data, tensors_of
 from tolerances import SAME_FORMULA
 
-from fused_bottleneck import program, tail
+from fused_bottleneck import program, rules, tail
 from fused_bottleneck.operands import POINTWISE, Geometry
 from fused_bottleneck.stages import ConvTerm, Stages
 
@@ -69,6 +69,15 @@ def assert_same(stage: Callable[[Stages, Data], Any], dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("stage", [name for name in STAGES if name not in PRODUCT_WAY])
 def test_stage(stage: str, dtype: torch.dtype) -> None:
     assert_same(STAGES[stage], dtype)
+
+
+@interpreted
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("stage", ["F2", "B3", "B3, fixed", "B4", "B5", "B6, identity"])
+def test_operands_computed_on_load(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way that the rules do not take for these stages."""
+    monkeypatch.setattr(rules, "LEAST_READS_TO_WRITE", 99)
+    assert_same(STAGES[stage], torch.float32)
 
 
 NARROW = 16, 48  # channels in and out of the geometries' convolutions

@@ -1,8 +1,8 @@
 """Block sizes: an analytical default for each stage and shape, and what tuning may try instead.
 
 A stage's product is ``[m, k] x [k, n]``. Which configuration it gets: the tuned one of this GPU and
-shape if there is one (tuned.py), else the default, which knows no GPU and compiles without spills
-for sm_80, sm_90 and sm_100 (tests/test_triton_compile.py).
+shape if there is one (tuned.py), else the default of its architecture, which compiles without
+spills for sm_80, sm_90 and sm_100 (tests/test_triton_compile.py).
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from .tuned import Config, Problem, table
 
-HOPPER, BLACKWELL = (9, 0), (10, 0)
+# Compute capabilities by their major number. The consumer GPUs of Blackwell (12) have neither the
+# tensor memory of 10 and 11 nor Hopper's products: their blocks are those of sm_80.
+HOPPER, BLACKWELL = 9, (10, 11)
 # Shared memory of a program: what every GPU since sm_80 has (sm_86, 89 and 120 have no more).
 SHARED_MEMORY = 101_376
 
@@ -105,7 +107,7 @@ def choose(stage: str, m: int, n: int, k: int, like: Tensor, is_computed: bool =
     return tuned or default(problem, _architecture(like.device))
 
 
-_assumed = HOPPER
+_assumed = (HOPPER, 0)
 
 
 @contextmanager
@@ -138,7 +140,7 @@ def product_constants(
     float32 takes none of these instructions. The interpreter (like is on the CPU) takes no
     assembly.
     """
-    is_hopper = like.device.type != "cpu" and _architecture(like.device)[0] == HOPPER[0]
+    is_hopper = like.device.type != "cpu" and _architecture(like.device)[0] == HOPPER
     is_tensor_core = like.dtype != torch.float32 or precision == "tf32"
     return {"INPUT_PRECISION": precision, "AWAIT": is_computed and is_hopper and is_tensor_core}
 
@@ -198,37 +200,52 @@ def _with_rows(problem: Problem, config: Config, multiprocessors: int) -> Config
 def _blocks(problem: Problem, architecture: tuple[int, int]) -> Config:
     """Two programs or more per multiprocessor, so that one's epilogue hides behind another's
     loads, and no spills: 16-bit blocks of 64x128 (64x64, 128x64 where n is 64) with 4 warps.
-
     """
-    stage, _, n, _, dtype = problem
+    stage, m, n, _, dtype = problem
+    major = architecture[0]
     if dtype == torch.float32:
-        return _float32_blocks(stage, architecture)
+        return _float32_blocks(stage, major)
+    if major == HOPPER and stage in _PLAIN_ON_HOPPER:
+        few, many = _PLAIN_ON_HOPPER[stage]
+        return many if (m if stage == "conv_wgrad_taps" else min(m, n)) > 64 else few
     stage = stage.removesuffix(ON_LOAD)
     narrow = n <= (128 if stage == "tail_wgrad_downsample" else 64)  # that has two operands
     if stage == "gram":
         return Config(64, 64, 64, 4, 3) if narrow else Config(128, 128, 32, 8, 4)
-    if stage in ("tail_wgrad", "tail_wgrad_downsample") and architecture >= BLACKWELL and narrow:
+    if stage in ("tail_wgrad", "tail_wgrad_downsample") and major in BLACKWELL and narrow:
         return Config(64, 64, 64, 4, 3)
-    if stage == "tail_wgrad_downsample" and architecture >= BLACKWELL:
+    if stage == "tail_wgrad_downsample" and major in BLACKWELL:
         return Config(64, 128, 64, 4, 3)
     if stage in ("tail_wgrad", "tail_wgrad_downsample"):
         return Config(128, 64, 64, 8, 3) if narrow else Config(128, 128, 32, 8, 4)
     if stage == "conv_wgrad_taps":
-        hopper = architecture >= HOPPER
-        return Config(64, 64, 32, 4, 3, taps=3) if hopper else Config(64, 64, 64, 4, 3)
+        is_datacenter = major == HOPPER or major in BLACKWELL
+        return Config(64, 64, 32, 4, 3, taps=3) if is_datacenter else Config(64, 64, 64, 4, 3)
     if stage == "conv1x1_forward":
         return Config(128, 64, 64, 4, 3) if narrow else Config(128, 128, 64, 8, 3)
     if stage == "tail_dgrad" and not narrow:
         return Config(128, 128, 64, 8, 3)
-    if stage == "conv2d_forward" and narrow and architecture >= HOPPER:
+    if stage == "conv2d_forward" and narrow and (major == HOPPER or major in BLACKWELL):
         return Config(128, 64, 32, 4, 4)
     return Config(64, 64, 64, 4, 3) if narrow else Config(64, 128, 64, 4, 3)
 
 
-def _float32_blocks(stage: str, architecture: tuple[int, int]) -> Config:
+# Hopper's blocks of convolutions with plain operands, for few channels (64) and for more: both come
+# from shared memory, so that registers are there for larger blocks. Warp instructions issued a
+# cycle of the product units, by machine code (tests/test_triton_compile.py has a limit), few
+# and many: 0.7, 0.5; 0.7, 0.6 (its epilogue needs the registers); 0.9, 0.4; 1.0, 0.9.
+_PLAIN_ON_HOPPER = {
+    "conv2d_forward": (Config(128, 64, 64, 4, 3), Config(128, 128, 64, 8, 3)),
+    "conv2d_dgrad": (Config(128, 64, 64, 4, 3), Config(64, 128, 64, 4, 3)),
+    "conv_wgrad_pointwise": (Config(64, 64, 64, 4, 3), Config(128, 128, 64, 8, 3)),
+    "conv_wgrad_taps": (Config(64, 64, 64, 4, 3, taps=3), Config(128, 64, 32, 8, 4, taps=3)),
+}
+
+
+def _float32_blocks(stage: str, major: int) -> Config:
     """Exact float32 products run on ordinary registers and want small blocks; tf32 shares them."""
     if stage == "gram":
-        return Config(32, 32, 32, 4, 3) if architecture >= BLACKWELL else Config(64, 64, 16, 8, 3)
+        return Config(32, 32, 32, 4, 3) if major in BLACKWELL else Config(64, 64, 16, 8, 3)
     if stage in ("tail_wgrad", "tail_wgrad_downsample"):
         return Config(64, 64, 32, 8, 2)
     if stage == "input_dgrad_downsample":

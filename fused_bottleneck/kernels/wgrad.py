@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operands import Activation, ConvGrad, Geometry, MaskedGrad, StridedInput, pixels
+from ..operands import POINTWISE, Activation, ConvGrad, Geometry, MaskedGrad, StridedInput, pixels
 from ..stages import Operand
 from . import config
 from .config import blocks
 from .gram import load_operand
 from .launch import grad_pointers, launch, source_pointers
 from .prologues import (
+    below,
     cdiv,
     lane_sums,
     load_activation,
@@ -174,6 +175,18 @@ def tail_wgrad(
     return sum_g, products[: len(operands)]
 
 
+@triton.jit
+def _advance(n, h, w, H, W, STEP: tl.constexpr):
+    """The pixels (n, h, w) of ``[N, H, W]`` that are STEP further on: additions, where to divide
+    each pixel's index anew would cost as much as the rest of a loop's addresses."""
+    w += STEP % W
+    over = w >= W
+    w = tl.where(over, w - W, w)
+    h += STEP // W % H + over.to(tl.int32)
+    over = h >= H
+    return n + STEP // (H * W) + over.to(tl.int32), tl.where(over, h - H, h), w
+
+
 @triton.jit(do_not_specialize=["Q", "H", "W", "OH", "OW", "ROWS"])
 def _conv_wgrad_kernel(
     g_ptr,
@@ -210,6 +223,8 @@ def _conv_wgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """B4, B5: ``dW = sum over pixels of dy^T a`` for TAPS neighbouring taps, over ROWS pixels.
 
@@ -226,34 +241,39 @@ def _conv_wgrad_kernel(
     pid = pid // cdiv(C, BLOCK_N)
     offs_m = pid % cdiv(M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
     part = pid // cdiv(M, BLOCK_M)
-    mask_m, mask_c = offs_m < M, offs_c < C
+    mask_m, mask_c = below(offs_m, M, EVEN), below(offs_c, C, EVEN)
     accs = (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),) * TAPS
     end = tl.minimum(Q, (part + 1) * ROWS)
+    lanes = tl.arange(0, BLOCK_K)
+    offs_q = part * ROWS + lanes
+    n, oh, ow = offs_q // (OH * OW), offs_q // OW % OH, offs_q % OW
+    q, rows, left = offs_q.to(tl.int64), offs_q.to(tl.int64), ow
     for start in range(part * ROWS, end, BLOCK_K):
-        offs_q = start + tl.arange(0, BLOCK_K)
-        mask_q = offs_q < end
-        rows = offs_q.to(tl.int64)
+        inside = start + lanes < end
         dy = load_conv_grad(
-            g_ptr, y_ptr, mean_ptr, scale_ptr, k0_ptr, k1_ptr, rows, mask_q, M, offs_m, mask_m
+            g_ptr, y_ptr, mean_ptr, scale_ptr, k0_ptr, k1_ptr, q, inside, M, offs_m, mask_m
         )
+        q += BLOCK_K
+        if not POINTWISE:
+            top, left = oh * SH - PH + tap // KW * DH, ow * SW - PW + tap % KW * DW
+            rows = (n.to(tl.int64) * H + top) * W + left
+            inside = inside & (top >= 0) & (top < H)
+            n, oh, ow = _advance(n, oh, ow, OH, OW, BLOCK_K)
         sums = ()
         for i in tl.static_range(TAPS):
-            inside = mask_q
-            if KH * KW * SH * SW > 1 or PH + PW > 0:
-                h = offs_q // OW % OH * SH - PH + (tap + i) // KW * DH
-                w = offs_q % OW * SW - PW + (tap + i) % KW * DW
-                inside = mask_q & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                rows = ((offs_q // (OH * OW)).to(tl.int64) * H + h) * W + w
+            live = inside if POINTWISE else inside & (left + i * DW >= 0) & (left + i * DW < W)
             if x_scale_ptr is not None:
                 a = load_activation(
-                    x_ptr, x_mean_ptr, x_scale_ptr, x_beta_ptr, x_centre_ptr, rows, inside, C,
-                    offs_c, mask_c,
+                    x_ptr, x_mean_ptr, x_scale_ptr, x_beta_ptr, x_centre_ptr, rows + i * DW, live,
+                    C, offs_c, mask_c,
                 )  # fmt: skip
             else:
-                a = tile(x_ptr, rows, inside, C, offs_c, mask_c)
+                a = tile(x_ptr + i * DW * C, rows, live, C, offs_c, mask_c)
             acc = product(tl.trans(dy), a, accs[i], INPUT_PRECISION, AWAIT)
             sums = sums + (acc,)  # type: ignore[assignment]  # noqa: RUF005
         accs = sums
+        if POINTWISE:
+            rows += BLOCK_K
     partial_ptr += part.to(tl.int64) * (M * KH * KW) * C
     mask = mask_m[:, None] & mask_c[None, :]
     for i in tl.static_range(TAPS):
@@ -311,6 +331,8 @@ def conv_wgrad(
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,
+        POINTWISE=kh * kw == 1 and geometry == POINTWISE,
+        EVEN=out_channels % cfg.block_m == 0 and channels % cfg.block_n == 0,
         config=cfg,
     )
     out = torch.empty(
