@@ -9,8 +9,17 @@ tools := $(VENV)/.tools
 parallel := -n auto --maxprocesses 8 --dist worksteal
 # One stamp per environment, kept in this checkout: another VENV gets its own installation.
 built := build/.installed$(subst /,-,$(abspath $(VENV)))
+# The extension, built in place for whatever torch the interpreter has: a GPU machine may have its
+# own, and no network to make an environment from.
+library := fused_bottleneck/_C.abi3.so
+# Side by side on one GPU, if pytest-xdist is there: most of the time goes into compiling.
+gpu_parallel = $(if $(shell $(interpreter) -c "import xdist; print(1)" 2>/dev/null),-n 8 --dist worksteal)
 sources := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 emulator := $(wildcard tests/cuda_emulator/*)
+
+gpu_tests := $(shell grep -l "mark\.gpu" tests/*.py)
+# Every kernel at small sizes: the sanitizer takes a hundred times as long.
+sanitized := tests/test_cuda.py tests/test_cuda_passes.py -m gpu -k "test_stage or agrees or misaligned"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -43,6 +52,10 @@ $(built): $(tools) setup.py pyproject.toml $(sources)
 	$(pip) install --no-build-isolation --no-deps -e .
 	@mkdir -p $(@D) && touch $@
 
+$(library): setup.py $(sources)
+	$(interpreter) setup.py build_ext --inplace
+	@touch $@
+
 venv: $(tools) ## make the virtual environment, with the tested versions
 
 build: $(built) ## compile the extension and install the package into the environment
@@ -59,18 +72,16 @@ test: build ## run every test (at most 10 minutes)
 test-fast: build ## run the tests that are not slow (about 90 seconds)
 	$(python) -m pytest $(parallel) -m "not slow"
 
-test-gpu: build ## run the tests that need a CUDA device
-	$(python) -m pytest -m gpu tests
+test-gpu: $(library) ## run the tests that need a CUDA device, in VENV if it is there, else by PYTHON
+	$(interpreter) -m benchmarks.warm_up
+	$(interpreter) -m pytest $(gpu_parallel) -m "gpu and not large" $(gpu_tests)
+	$(interpreter) -m pytest -m large tests/test_cuda.py
 
-sanitize: build ## run every kernel under compute-sanitizer (needs a GPU and the CUDA toolkit)
+sanitize: $(library) ## run every kernel under compute-sanitizer (needs a GPU and the CUDA toolkit)
 	compute-sanitizer --tool memcheck --error-exitcode 1 \
-	  $(python) -m pytest -x tests/test_cuda.py -k "test_stage and narrow"
-	compute-sanitizer --tool memcheck --error-exitcode 1 \
-	  $(python) -m pytest -x tests/test_cuda_passes.py -m gpu -k "agrees or misaligned"
+	  $(interpreter) -m pytest -x $(sanitized)
 	compute-sanitizer --tool racecheck --error-exitcode 1 \
-	  $(python) -m pytest -x tests/test_cuda.py -k "test_stage and narrow"
-	compute-sanitizer --tool racecheck --error-exitcode 1 \
-	  $(python) -m pytest -x tests/test_cuda_passes.py -m gpu -k "agrees"
+	  $(interpreter) -m pytest -x $(sanitized)
 
 kernel-report: venv ## what the compiler makes of the kernels, and their floors; needs no GPU
 	$(python) -m benchmarks.kernel_report

@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.sass import Code, disassemble, hazards
 from benchmarks.shapes import RESNET50, BlockShape
 from fused_bottleneck import program
 from fused_bottleneck.kernels.config import assumed_architecture
@@ -38,14 +39,20 @@ ALIGNMENT = 16  # bytes of a pointer, or units of an integer, that the compiler 
 
 
 def step_calls(
-    shape: BlockShape, batch: int, dtype: torch.dtype, architecture: int = 90, fixed: bool = False
+    shape: BlockShape,
+    batch: int,
+    dtype: torch.dtype,
+    architecture: int = 90,
+    fixed: bool = False,
+    affine: torch.dtype = torch.float32,
 ) -> tuple[list[Call], list[Call]]:
     """The kernel calls of one training step of a block on an architecture: forward, backward.
 
-    fixed: with fixed statistics, and a given shortcut in place of the identity.
+    fixed: with fixed statistics, and a given shortcut in place of the identity. affine: the
+    element type of the normalisations' parameters.
     """
     x = _meta(dtype, batch, shape.in_channels, shape.size, shape.size)
-    units = _units(shape, dtype, fixed)
+    units = _units(shape, dtype, fixed, affine)
     out = _meta(dtype, batch, shape.out_channels, shape.out_size, shape.out_size)
     shortcut = out if fixed and not shape.downsample else None
     identity = shortcut is None and not shape.downsample
@@ -60,12 +67,14 @@ def step_calls(
     return forward, backward
 
 
-def unit_calls(dtype: torch.dtype, architecture: int = 90) -> list[Call]:
+def unit_calls(
+    dtype: torch.dtype, architecture: int = 90, affine: torch.dtype = torch.float32
+) -> list[Call]:
     """The kernel calls of one training step of standalone conv+BN+ReLU units."""
     calls: list[Call] = []
     for kernel, geometry in ((1, POINTWISE), (3, Geometry((2, 2), (1, 1)))):
         x = _meta(dtype, 32, 64, 56, 56)
-        unit = _unit(dtype, 128, 64, kernel, geometry, False)
+        unit = _unit(dtype, 128, 64, kernel, geometry, False, affine)
         with assumed_architecture(divmod(architecture, 10)), recording() as made:
             out, saved, _ = program.conv_bn_relu_forward(x, unit, True)
             program.conv_bn_relu_backward(out, x, unit, saved, True, True, True)
@@ -79,15 +88,21 @@ def _meta(dtype: torch.dtype, *size: int) -> Tensor:
 
 
 def _unit(
-    dtype: torch.dtype, out: int, channels: int, kernel: int, geometry: Geometry, fixed: bool
+    dtype: torch.dtype,
+    out: int,
+    channels: int,
+    kernel: int,
+    geometry: Geometry,
+    fixed: bool,
+    affine: torch.dtype,
 ) -> Unit:
-    gamma, beta, mean, var = (_meta(torch.float32, out) for _ in range(4))
+    gamma, beta, mean, var = (_meta(affine, out) for _ in range(4))
     weight = _meta(dtype, out, channels, kernel, kernel)
     unit = Unit(weight, gamma, beta, geometry, not fixed, eps=1e-5)
     return unit._replace(fixed_mean=mean, fixed_var=var) if fixed else unit
 
 
-def _units(shape: BlockShape, dtype: torch.dtype, fixed: bool) -> list[Unit]:
+def _units(shape: BlockShape, dtype: torch.dtype, fixed: bool, affine: torch.dtype) -> list[Unit]:
     width, wide = shape.width, shape.out_channels
     stride = (shape.stride, shape.stride)
     sizes = [
@@ -97,7 +112,7 @@ def _units(shape: BlockShape, dtype: torch.dtype, fixed: bool) -> list[Unit]:
     ]
     if shape.downsample:
         sizes.append((wide, shape.in_channels, 1, Geometry(stride)))
-    return [_unit(dtype, *size, fixed) for size in sizes]
+    return [_unit(dtype, *size, fixed, affine) for size in sizes]
 
 
 def shipped(dtype: torch.dtype, architecture: int, batch: int = 256) -> list[Specialisation]:
@@ -198,29 +213,56 @@ def _kind(value: Any, is_constant: bool, unspecialised: bool) -> str:
 
 @dataclass(frozen=True)
 class Usage:
-    """Registers per thread, bytes of stack per thread (spills), shared memory; wgmma in the PTX."""
+    """Registers per thread, bytes of stack per thread (spills), shared memory; wgmma in the PTX,
+    products in the intermediate code, and what writes to operands of running products (sass.py).
+    """
 
     registers: int
     stack: int
     shared: int
     wgmma: int
     products: int
+    hazards: tuple[str, ...] = ()
+
+
+def source(spec: Specialisation) -> ASTSource:
+    """The compiler's input, with the hash that a launch's has.
+
+    That has, in the order of the arguments, attributes for every constant too, empty ones; before
+    Triton 3.7 only for the constants that are strings.
+    """
+    kinds, constants = dict(spec.signature), dict(spec.constants)
+    before_3_7 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    attributes: dict[tuple[int], list[list[str | int]]] = {}
+    for i, name in enumerate(spec.kernel.arg_names):
+        if i in spec.aligned:
+            attributes[(i,)] = [["tt.divisibility", ALIGNMENT]]
+        elif kinds[name] == "constexpr" and (isinstance(constants[name], str) or not before_3_7):
+            attributes[(i,)] = []
+    return ASTSource(spec.kernel, kinds, constants, attributes)
+
+
+def build(spec: Specialisation, architecture: int) -> Any:
+    """Compile for an NVIDIA architecture, 80, 90 or 100, or take it from Triton's cache."""
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    target = GPUTarget("cuda", architecture, 32)
+    return triton.compile(source(spec), target=target, options=options)
 
 
 def compile_for(spec: Specialisation, architecture: int) -> Usage:
-    """Compile for an NVIDIA architecture, 80, 90 or 100 (from Triton's cache if it is there)."""
-    source = ASTSource(
-        spec.kernel,
-        dict(spec.signature),
-        dict(spec.constants),
-        {(i,): [["tt.divisibility", ALIGNMENT]] for i in spec.aligned},
-    )
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    """What the compiler makes of a kernel for an architecture."""
+    binary = build(spec, architecture)
     registers, stack = _resources(binary.asm["cubin"])
     ptx, ttgir = binary.asm["ptx"], binary.asm["ttgir"]
     products = len(re.findall(r"(?:tt\.dot|warp_group_dot|tc_gen5_mma)\b", ttgir))
-    return Usage(registers, stack, binary.metadata.shared, ptx.count("wgmma.mma_async"), products)
+    wgmma = ptx.count("wgmma.mma_async")
+    found = tuple(hazards(machine_code(binary))) if wgmma else ()
+    return Usage(registers, stack, binary.metadata.shared, wgmma, products, found)
+
+
+def machine_code(binary: Any) -> Code:
+    """The machine code of what ``build`` returns."""
+    return disassemble(binary.asm["cubin"], str(tool("nvdisasm")))
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

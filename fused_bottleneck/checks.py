@@ -24,7 +24,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def pair(name: str, value: int | Pair) -> Pair:
     """An int or a pair of ints, numpy's included, as a pair; TypeError otherwise."""
-    both = (value, value) if hasattr(value, "__index__") else value
+    both: Any = (value, value) if hasattr(value, "__index__") else value
     if len(both) == 2 and all(hasattr(v, "__index__") for v in both):
         return index(both[0]), index(both[1])
     raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")

@@ -18,6 +18,22 @@ def uses_gram(device: str, pixels: int, channels: int, width: int) -> bool:
     return gram < 1.3 * pixels * width
 
 
+LEAST_READS_TO_WRITE = 2  # a large one has every operand computed on load, to measure that
+
+
+def writes_operand(reads: int) -> bool:
+    """Whether a GPU product's operand is written once and read plain, not computed on load.
+
+    reads: how many times products load an element: once for each tap of a convolution and block of
+    the other operand's channels. To compute one on load takes 0.3 to 0.5 instructions of a warp
+    each time (0.6 ps on a GPU with 132 multiprocessors that issues at two thirds of its rate) and
+    keeps products from running asynchronously; to write it and read it instead takes 4
+    bytes (1 ps).
+    By arithmetic on compiled kernels (benchmarks.kernel_report), not yet by measurement.
+    """
+    return reads >= LEAST_READS_TO_WRITE
+
+
 _WINOGRAD_PIXELS = 512
 
 

@@ -338,9 +338,9 @@ class Stages:
         """F3 to F4: fold a normalisation with batch statistics into a weight ``[W, K, 1, 1]``."""
         acc = accumulation_dtype(weight.dtype)
         wide_w, matrix_w = weight.flatten(1).double(), weight.flatten(1).to(acc)
-        var = algebra.folded_variance(wide_w, cov)
-        moments = Moments((wide_w @ (mean_d + centre)).to(acc), var.to(acc))
-        offset = algebra.folded_offset(wide_w, centre, mean_d, None).to(acc)
+        var = algebra.folded_variance(wide_w, cov.double())
+        moments = Moments((wide_w @ (mean_d + centre).double()).to(acc), var.to(acc))
+        offset = algebra.folded_offset(wide_w, centre, mean_d.double(), None).to(acc)
         invstd = algebra.inverse_std(var, eps).to(acc)
         scale = algebra.bn_scale(gamma, invstd)
         folded = algebra.fold(matrix_w, scale, offset, beta, mean_d.to(acc), weight.dtype)

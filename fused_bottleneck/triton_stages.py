@@ -1,6 +1,7 @@
 """The stages on CUDA: one Triton kernel each (kernels/), and a small one to combine its partials.
 
-Nothing is materialised but what a stage returns: operands are computed on load.
+Operands are computed on load, or written to scratch first where they are loaded often
+(``rules.writes_operand``). Nothing else is materialised but what a stage returns.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import extension
+from . import extension, rules
 from .algebra import OperandGrad
 from .junctions import JunctionStages
 from .kernels import conv1x1, conv2d, fold, gram, pointwise, tail, wgrad
@@ -59,6 +60,7 @@ class TritonStages(JunctionStages):
         self._device: Any = torch.cuda.device(x.device) if x.device.type == "cuda" else None
         self._precision = input_precision(x.dtype)
         self.has_junctions = x.device.type == "cuda" and not extension.why_no_cuda()
+        self._written: tuple[ConvGrad, Tensor] | None = None
 
     def __enter__(self) -> "TritonStages":
         if self._device is not None:
@@ -74,6 +76,28 @@ class TritonStages(JunctionStages):
         if self._device is not None:
             self._device.__exit__(kind, error, trace)
 
+    # Operands.
+
+    def _source(self, source: Tensor | Activation, weight: Tensor) -> Tensor | Activation:
+        """A convolution's input as its product takes it: written, or to be computed on load."""
+        if isinstance(source, Tensor):
+            return source
+        source = _affine(source)
+        taps = weight.shape[2] * weight.shape[3]
+        return pointwise.activation(source) if rules.writes_operand(taps) else source
+
+    def _dy(self, grad: ConvGrad) -> Tensor | ConvGrad:
+        """The gradient of a convolution's output as products take it.
+
+        Two of them do, one after the other (B3 and B4, B5 and B6): it is kept until another is
+        asked for.
+        """
+        if not rules.writes_operand(2):
+            return grad
+        if self._written is None or self._written[0] is not grad:
+            self._written = grad, pointwise.conv_grad(grad)
+        return self._written[1]
+
     # Forward.
 
     def conv_forward(
@@ -81,8 +105,7 @@ class TritonStages(JunctionStages):
     ) -> tuple[Tensor, Moments]:
         if isinstance(source, Tensor) and _is_pointwise(weight, geometry):
             return conv1x1.conv1x1_forward(source, weight.contiguous(), self._precision)
-        if isinstance(source, Activation):
-            source = _affine(source)
+        source = self._source(source, weight)
         return conv2d.conv2d_forward(source, weight, geometry, self._precision)
 
     def conv(self, source: Tensor | Activation, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -167,16 +190,17 @@ class TritonStages(JunctionStages):
         self, grad: ConvGrad, weight: Tensor, geometry: Geometry, act: Activation, invstd: Tensor
     ) -> tuple[Tensor, GradSums]:
         act = _affine(act)
-        g, sums = conv2d.conv2d_dgrad(grad, weight, geometry, act.y, self._precision, act, invstd)
+        g, sums = conv2d.conv2d_dgrad(
+            self._dy(grad), weight, geometry, act.y, self._precision, act, invstd
+        )
         assert sums is not None
         return g, sums
 
     def conv_wgrad(
         self, grad: ConvGrad, source: Tensor | Activation, weight: Tensor, geometry: Geometry
     ) -> Tensor:
-        if isinstance(source, Activation):
-            source = _affine(source)
-        return wgrad.conv_wgrad(grad, source, weight, geometry, self._precision)
+        source = self._source(source, weight)
+        return wgrad.conv_wgrad(self._dy(grad), source, weight, geometry, self._precision)
 
     def masked_grad(self, grad: MaskedGrad) -> Tensor:
         return pointwise.masked_grad(grad)
@@ -191,7 +215,7 @@ class TritonStages(JunctionStages):
     ) -> Tensor:
         if isinstance(downsample, ConvTerm):
             return super().input_dgrad(conv, x, identity, downsample, channels_last)
-        grad, weight, geometry = conv
+        weight, geometry, grad = conv.weight, conv.geometry, self._dy(conv.grad)
         if _is_pointwise(weight, geometry):
             out = conv1x1.input_dgrad(
                 grad, weight.contiguous(), x, identity, downsample, self._precision

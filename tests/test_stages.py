@@ -145,11 +145,36 @@ def gram(stages: Stages, operand: Operand) -> list[Tensor]:
     return [t.to(accumulation_dtype(source.dtype)) for t in stages.gram(operand)]
 
 
+def folding(affine: bool) -> Callable[[Stages, Data], Any]:
+    """What lies between the tail's stages, on coefficients of the right kind."""
+
+    def stage(stages: Stages, data: Data) -> Any:
+        weight, s = data.weight(W, M, 1, 1), data.weight(W, M).to(data.acc)
+        gamma, beta = (data.vector(W), data.vector(W)) if affine else (None, None)
+        mean_d, centre, sum_g = data.vector(M), data.vector(M), data.vector(W)
+        root = data.weight(M, M).to(data.acc)
+        cov = root @ root.t() / M
+        folded, moments, invstd, offset = stages.fold(
+            weight, gamma, beta, 1e-3, centre, mean_d, cov
+        )
+        a = stages.folded_weight(weight, gamma, invstd)
+        assert torch.equal(a, folded.weight)
+        backward = stages.fold_backward(
+            weight, gamma, invstd, offset, centre, mean_d, cov, a, s, sum_g, 100
+        )
+        dgamma, dweight, coefficients = backward
+        return [folded, moments, invstd, offset, dgamma, dweight.to(weight.dtype), coefficients]
+
+    return stage
+
+
 STAGES: dict[str, Callable[[Stages, Data], Any]] = {
     "F1": lambda s, d: s.conv_forward(d.image(C, H), d.weight(M, C, 1, 1), POINTWISE),
     "F2": lambda s, d: s.conv_forward(d.activation(M, H), d.weight(M, M, 3, 3), CONV2),
     "F3": lambda s, d: gram(s, d.activation(M, H, centred=True)),
     "F3, strided input": lambda s, d: gram(s, d.strided()),
+    "folding": folding(True),
+    "folding, not affine": folding(False),
     "F4, identity": tail_forward(1, 1, True),
     "F4, downsample": tail_forward(2, 0, True),
     "F4, two residuals": tail_forward(0, 2, True),

@@ -19,7 +19,7 @@ from helpers import Case, Result, assert_criterion, channels_last, errors, in_dt
 from test_stages import CONV2, STAGES, Data, tensors_of
 from tolerances import SAME_FORMULA
 
-from fused_bottleneck import program, tail
+from fused_bottleneck import program, rules, tail
 from fused_bottleneck.operands import POINTWISE, Geometry
 from fused_bottleneck.stages import ConvTerm, Stages
 
@@ -69,6 +69,15 @@ def assert_same(stage: Callable[[Stages, Data], Any], dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("stage", [name for name in STAGES if name not in PRODUCT_WAY])
 def test_stage(stage: str, dtype: torch.dtype) -> None:
     assert_same(STAGES[stage], dtype)
+
+
+@interpreted
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("stage", ["F2", "B3", "B3, fixed", "B4", "B5", "B6, identity"])
+def test_operands_computed_on_load(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way that the rules do not take for these stages."""
+    monkeypatch.setattr(rules, "LEAST_READS_TO_WRITE", 99)
+    assert_same(STAGES[stage], torch.float32)
 
 
 NARROW = 16, 48  # channels in and out of the geometries' convolutions
@@ -139,37 +148,6 @@ def without_beta(stages: Stages, data: Data) -> Any:
 @pytest.mark.usefixtures("small_blocks")
 def test_without_beta() -> None:
     assert_same(without_beta, torch.float32)
-
-
-def folding(affine: bool) -> Callable[[Stages, Data], Any]:
-    """What lies between the tail's stages, on coefficients of the right kind."""
-
-    def stage(stages: Stages, data: Data) -> Any:
-        weight, s = data.weight(W, M, 1, 1), data.weight(W, M).float()
-        gamma, beta = (data.vector(W), data.vector(W)) if affine else (None, None)
-        mean_d, centre, sum_g = data.vector(M), data.vector(M), data.vector(W)
-        root = data.weight(M, M).float()
-        cov = root @ root.t() / M
-        folded, moments, invstd, offset = stages.fold(
-            weight, gamma, beta, 1e-3, centre, mean_d, cov
-        )
-        a = stages.folded_weight(weight, gamma, invstd)
-        assert torch.equal(a, folded.weight)
-        backward = stages.fold_backward(
-            weight, gamma, invstd, offset, centre, mean_d, cov, a, s, sum_g, 100
-        )
-        dgamma, dweight, coefficients = backward
-        return [folded, moments, invstd, offset, dgamma, dweight.to(weight.dtype), coefficients]
-
-    return stage
-
-
-@interpreted
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("affine", [True, False])
-def test_folding(affine: bool, dtype: torch.dtype) -> None:
-    assert_same(folding(affine), dtype)
 
 
 @interpreted

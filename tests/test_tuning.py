@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import fused_bottleneck
+from benchmarks.shapes import RESNET50
+from benchmarks.shapes import BlockShape as ResnetShape
 from fused_bottleneck import BlockShape, FusedBottleneck
 from fused_bottleneck.kernels import config, tuned
 from fused_bottleneck.kernels.tuned import Config, Problem
@@ -41,9 +43,37 @@ def test_default(problem: Problem, architecture: tuple[int, int]) -> None:
     assert chosen.block_k >= 16
     if problem.stage in ("gram", "tail_wgrad", "conv_wgrad_taps"):
         assert chosen.rows % chosen.block_k == 0
-        assert 0 < chosen.rows <= 8192
+        assert 0 < chosen.rows <= 9216
     else:
         assert chosen.rows == 0
+
+
+@pytest.mark.parametrize("shape", RESNET50, ids=lambda shape: shape.name)
+def test_products_over_pixels_fill_the_gpu(shape: ResnetShape) -> None:
+    """In whole rounds of programs: at least four fifths of the multiprocessors have work."""
+    pixels, small = 256 * shape.size**2, 256 * shape.out_size**2
+    width, wide, channels = shape.width, shape.out_channels, shape.in_channels
+    both = width + channels
+    problems = {
+        "gram": (width, width, small),
+        "tail_wgrad_downsample" if shape.downsample else "tail_wgrad": (
+            wide,
+            both if shape.downsample else width,
+            small,
+        ),
+        "conv_wgrad_pointwise": (width, channels, pixels),
+        "conv_wgrad_taps": (width, width, small),
+    }
+    for stage, (m, n, k) in problems.items():
+        chosen = config.default(Problem(stage, m, n, k, torch.bfloat16), HOPPER)
+        tiles = config.blocks(m, chosen.block_m) * config.blocks(n, chosen.block_n)
+        if stage == "gram":
+            tiles = (tiles + config.blocks(m, chosen.block_m)) // 2
+        if stage == "conv_wgrad_taps":
+            tiles *= 9 // chosen.taps
+        programs = tiles * config.blocks(k, chosen.rows)
+        slots = 132 * (8 // chosen.num_warps)
+        assert programs >= 0.8 * slots * config.blocks(programs, slots), stage
 
 
 def test_file_round_trip(tmp_path: Path) -> None:

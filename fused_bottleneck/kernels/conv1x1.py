@@ -11,13 +11,14 @@ from ..operands import ConvGrad, MaskedGrad, pixels
 from ..stages import InputTerm, Moments
 from . import config
 from .config import blocks
-from .launch import launch
+from .launch import grad_pointers, launch
 from .prologues import (
     cdiv,
     channels,
     load_centred,
     load_conv_grad,
     load_masked_grad,
+    product,
     put_tile,
     store_moments,
     tile,
@@ -112,6 +113,7 @@ def _add_downsample(
     N,
     W,
     INPUT_PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -121,13 +123,13 @@ def _add_downsample(
         offs_k = k + tl.arange(0, BLOCK_K)
         g = load_masked_grad(grad_ptr, bits_ptr, rows_q, mask_p, W, k, BLOCK_M, BLOCK_K)
         a = tile(a_ptr, offs_k, offs_k < W, N, offs_n, mask_n)
-        acc = tl.dot(g, a, acc, input_precision=INPUT_PRECISION)
+        acc = product(g, a, acc, INPUT_PRECISION, AWAIT)
     if b_ptr is not None:
         for k in range(0, N, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
             d = load_centred(x_ptr, centre_ptr, rows, mask_p, N, offs_k, offs_k < N)
             b = tile(b_ptr, offs_k, offs_k < N, N, offs_n, mask_n)
-            acc = tl.dot(d, b, acc, input_precision=INPUT_PRECISION)
+            acc = product(d, b, acc, INPUT_PRECISION, AWAIT)
         acc += channels(shift_ptr, offs_n, mask_n)
     return acc
 
@@ -159,6 +161,7 @@ def _input_dgrad_kernel(
     SH: tl.constexpr,
     SW: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -166,11 +169,11 @@ def _input_dgrad_kernel(
     """B6: ``grad_x = dy1 W1`` (RESIDUAL none), ``+ g`` (identity), ``+ g a + D b + shift`` at the
     strided pixels (downsample).
 
-    dy1 ``[P, M]`` from (g1, y1), W1 ``[M, N]``, grad_x ``[P, N]``; g ``[Q, W]``, a ``[W, N]``,
-    D ``[Q, N]`` from x, b ``[N, N]``. Pixels go in SH*SW classes by their position modulo the
-    stride: only those of class 0 see the downsample. A program owns BLOCK_M pixels of one class
-    and BLOCK_N channels. Bytes: g1 + y1 + grad_x, and g with its mask (+ x_s);
-    FLOPs: 2 P M N + 2 Q N (W + N) with a downsample.
+    dy1 ``[P, M]`` from (g1, y1), or g1 itself (scale_ptr None); W1 ``[M, N]``, grad_x ``[P, N]``;
+    g ``[Q, W]``, a ``[W, N]``, D ``[Q, N]`` from x, b ``[N, N]``. Pixels go in SH*SW classes by
+    their position modulo the stride: only those of class 0 see the downsample. A program owns
+    BLOCK_M pixels of one class and BLOCK_N channels. Bytes: dy1 (or g1 + y1) + grad_x, and g with
+    its mask (+ x_s); FLOPs: 2 P M N + 2 Q N (W + N) with a downsample.
     """
     pid = tl.program_id(0)
     offs_n = pid % cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -195,12 +198,15 @@ def _input_dgrad_kernel(
             g1_ptr, y1_ptr, mean_ptr, scale_ptr, k0_ptr, k1_ptr, rows, mask_p, M, offs_k, mask_k
         )
         w1 = tile(w_ptr, offs_k, mask_k, N, offs_n, mask_n)
-        acc = tl.dot(dy, w1, acc, input_precision=INPUT_PRECISION)
+        if scale_ptr is not None:
+            acc = product(dy, w1, acc, INPUT_PRECISION, AWAIT)
+        else:
+            acc = tl.dot(dy, w1, acc, input_precision=INPUT_PRECISION)
     if RESIDUAL == "downsample":  # noqa: SIM102
         if pid % (SH * SW) == 0:
             acc = _add_downsample(
                 acc, grad_ptr, bits_ptr, a_ptr, x_ptr, centre_ptr, b_ptr, shift_ptr, rows_q, rows,
-                mask_p, offs_n, N, W, INPUT_PRECISION, BLOCK_M, BLOCK_K,
+                mask_p, offs_n, N, W, INPUT_PRECISION, AWAIT, BLOCK_M, BLOCK_K,
             )  # fmt: skip
     if RESIDUAL == "identity":
         start = tl.multiple_of(tl.program_id(0) % cdiv(N, BLOCK_N) * BLOCK_N, BLOCK_N)
@@ -231,7 +237,7 @@ def _residual(identity: MaskedGrad | None, downsample: InputTerm | None) -> Resi
 
 
 def input_dgrad(
-    grad: ConvGrad,
+    grad: Tensor | ConvGrad,
     weight: Tensor,
     x: Tensor,
     identity: MaskedGrad | None,
@@ -240,27 +246,22 @@ def input_dgrad(
 ) -> Tensor:
     """B6: the gradient of x ``[N, C, H, W]``, in channels_last memory.
 
-    grad: that of conv1's output, weight ``[M, C, 1, 1]``; of x only the shape matters unless
-    there is a downsample.
+    grad: that of conv1's output, dy1 or what it is computed from; weight ``[M, C, 1, 1]``; of x
+    only the shape matters unless there is a downsample.
     """
     images, in_channels, height, width = x.shape
     out_channels = weight.shape[0]
     residual = _residual(identity, downsample)
     sh, sw = residual.stride
     depth = out_channels + (residual.channels + in_channels if downsample else 0)
-    stage = f"input_dgrad_{residual.kind}"
-    cfg = config.choose(stage, pixels(x), in_channels, depth, x)
+    stage, is_computed = f"input_dgrad_{residual.kind}", isinstance(grad, ConvGrad)
+    cfg = config.choose(stage, pixels(x), in_channels, depth, x, is_computed)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     per_class = blocks(images * blocks(height, sh) * blocks(width, sw), cfg.block_m)
     launch(
         _input_dgrad_kernel,
         (per_class * sh * sw * blocks(in_channels, cfg.block_n),),
-        grad.g,
-        grad.y,
-        grad.mean,
-        grad.scale,
-        grad.k0,
-        grad.k1,
+        *grad_pointers(grad),
         weight,
         out,
         *residual.pointers,
@@ -273,7 +274,7 @@ def input_dgrad(
         RESIDUAL=residual.kind,
         SH=sh,
         SW=sw,
-        INPUT_PRECISION=precision,
+        **config.product_constants(precision, x),
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,

@@ -10,18 +10,30 @@ from torch import Tensor
 from ..operands import Activation, ConvGrad, Geometry, pixels
 from ..stages import GradSums, Moments
 from . import config
-from .config import blocks
-from .launch import launch
+from .config import Config, blocks
+from .launch import grad_pointers, launch, source_pointers
 from .prologues import (
+    below,
     cdiv,
     load_activation,
     load_conv_grad,
+    product,
     put_tile,
     store_moments,
     store_through_relu,
     tile,
 )
 from .reduce import moments_of, sums_of
+
+
+@triton.jit
+def _taps_inside(first, size, TAPS: tl.constexpr, STEP: tl.constexpr):
+    """Bit i: whether ``0 <= first + i * STEP < size``. Computed ahead of a loop over the taps."""
+    bits = tl.zeros_like(first)
+    for i in tl.static_range(TAPS):
+        at = first + i * STEP
+        bits |= ((at >= 0) & (at < size)).to(tl.int32) << i
+    return bits
 
 
 @triton.jit(do_not_specialize=["Q", "H", "W", "OH", "OW", "parts"])
@@ -51,9 +63,12 @@ def _conv2d_forward_kernel(
     DH: tl.constexpr,
     DW: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """F2: ``y = conv(a)`` and mean, M2 of every tile of y; a is relu(BN(x)), or x (scale_ptr None).
 
@@ -66,27 +81,30 @@ def _conv2d_forward_kernel(
     part = pid // cdiv(N, BLOCK_N)
     offs_n = pid % cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_q = part * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_q, mask_n = offs_q < Q, offs_n < N
+    mask_q, mask_n = offs_q < Q, below(offs_n, N, EVEN)
     image = (offs_q // (OH * OW)).to(tl.int64) * H
     top = offs_q // OW % OH * SH - PH
     left = offs_q % OW * SW - PW
-    steps = cdiv(C, BLOCK_K)
+    inside_h = tl.where(mask_q, _taps_inside(top, H, KH, DH), 0)
+    inside_w = _taps_inside(left, W, KW, DW)
+    rows = (image + top) * W + left  # of the first tap; the others are a constant away
+    offs = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(KH * KW * steps):
-        tap = step // steps
-        offs_k = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < C
-        h, w = top + tap // KW * DH, left + tap % KW * DW
-        inside = mask_q & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        rows = (image + h) * W + w
+    for step in range(KH * KW * STEPS):
+        tap, k = step // STEPS, step % STEPS * BLOCK_K
+        kh, kw = tap // KW, tap % KW
+        mask_k = below(k + offs, C, EVEN)
+        inside = (inside_h >> kh & inside_w >> kw & 1) != 0
+        away = kh * DH * W + kw * DW
         if scale_ptr is not None:
             x = load_activation(
-                x_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, rows, inside, C, offs_k, mask_k
-            )
+                x_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, rows + away, inside, C, k + offs,
+                mask_k,
+            )  # fmt: skip
         else:
-            x = tile(x_ptr, rows, inside, C, offs_k, mask_k)
-        weight = tile(w_ptr + tap * C, offs_n, mask_n, KH * KW * C, offs_k, mask_k)
-        acc = tl.dot(x, tl.trans(weight), acc, input_precision=INPUT_PRECISION)
+            x = tile(x_ptr + (away * C + k), rows, inside, C, offs, mask_k)
+        weight = tile(w_ptr + (tap * C + k), offs_n, mask_n, KH * KW * C, offs, mask_k)
+        acc = product(x, tl.trans(weight), acc, INPUT_PRECISION, AWAIT)
     y = acc.to(y_ptr.dtype.element_ty)
     put_tile(y_ptr, offs_q.to(tl.int64), mask_q, N, offs_n, mask_n, y)
     count = tl.minimum(Q - part * BLOCK_M, BLOCK_M)
@@ -100,6 +118,14 @@ def _constants(weight: Tensor, geometry: Geometry) -> dict[str, int]:
     return {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw, "DH": dh, "DW": dw}
 
 
+def _steps(depth: int, width: int, cfg: Config) -> dict[str, int | bool]:
+    """The steps over a product's inner channels (a constant, as loops divide by it), and whether
+    the blocks divide both of its channels."""
+    steps = blocks(depth, cfg.block_k)
+    even = depth == steps * cfg.block_k and width % cfg.block_n == 0
+    return {"STEPS": steps, "EVEN": even}
+
+
 def conv2d_forward(
     source: Tensor | Activation, weight: Tensor, geometry: Geometry, precision: str
 ) -> tuple[Tensor, Moments]:
@@ -107,12 +133,13 @@ def conv2d_forward(
 
     source ``[N, C, H, W]`` in channels_last memory, weight ``[M, C, kh, kw]``.
     """
-    x, *coefficients = source if isinstance(source, Activation) else (source, *(None,) * 4)
+    is_computed = isinstance(source, Activation)
+    x = source.y if isinstance(source, Activation) else source
     images, channels, height, width = x.shape
     out_channels = weight.shape[0]
     size = geometry.output_size(height, width, (weight.shape[2], weight.shape[3]))
     rows = images * size[0] * size[1]
-    cfg = config.choose("conv2d_forward", rows, out_channels, channels, x)
+    cfg = config.choose("conv2d_forward", rows, out_channels, channels, x, is_computed)
     y = torch.empty(
         (images, out_channels, *size),
         dtype=x.dtype,
@@ -124,8 +151,7 @@ def conv2d_forward(
     launch(
         _conv2d_forward_kernel,
         (parts * blocks(out_channels, cfg.block_n),),
-        x,
-        *coefficients,
+        *source_pointers(source),
         weight.contiguous(memory_format=torch.channels_last),
         y,
         partial,
@@ -137,10 +163,11 @@ def conv2d_forward(
         *size,
         parts,
         **_constants(weight, geometry),
-        INPUT_PRECISION=precision,
+        **config.product_constants(precision, x, is_computed),
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,
+        **_steps(channels, out_channels, cfg),
         config=cfg,
     )
     return y, moments_of(partial, rows, cfg.block_m)
@@ -197,17 +224,20 @@ def _conv2d_dgrad_kernel(
     DH: tl.constexpr,
     DW: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """B3: ``g1 = conv^T(dy) * [a > 0]`` with its sums (HAS_RELU), or ``conv^T(dy)``.
 
-    dy ``[images * OH * OW, C]`` from (g, y), weight ``[C, KH, KW, N]``, out and act
-    ``[images * H * W, N]``. Input pixels go in SH*SW classes by their position modulo the stride:
-    those of one class have the same taps, every STEP-th from a first one, so that no product is
-    with a zero between the strides. A program owns BLOCK_M pixels of one class and BLOCK_N
-    channels. Bytes: g + y + act + out; FLOPs: 2 Q C N KH KW.
+    dy ``[images * OH * OW, C]`` from (g, y), or g itself (scale_ptr None); weight
+    ``[C, KH, KW, N]``, out and act ``[images * H * W, N]``. Input pixels go in SH*SW classes by
+    their position modulo the stride: those of one class have the same taps, every STEP-th from a
+    first one, so that no product is with a zero between the strides. A program owns BLOCK_M pixels
+    of one class and BLOCK_N channels. Bytes: g + y + act + out; FLOPs: 2 Q C N KH KW.
     """
     pid = tl.program_id(0)
     part = pid // cdiv(N, BLOCK_N)
@@ -215,29 +245,39 @@ def _conv2d_dgrad_kernel(
     first_h, first_w = part % (SH * SW) // SW, part % SW
     size_h, size_w = (H - first_h + SH - 1) // SH, (W - first_w + SW - 1) // SW
     offs_p = part // (SH * SW) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_p, mask_n = offs_p < images * size_h * size_w, offs_n < N
+    mask_p, mask_n = offs_p < images * size_h * size_w, below(offs_n, N, EVEN)
     image = offs_p // tl.maximum(size_h * size_w, 1)
     h = first_h + offs_p // tl.maximum(size_w, 1) % tl.maximum(size_h, 1) * SH
     w = first_w + offs_p % tl.maximum(size_w, 1) * SW
     tap_h = _first_tap(first_h, KH, SH, PH, DH, STEP_H)
     tap_w = _first_tap(first_w, KW, SW, PW, DW, STEP_W)
     taps_w = (KW - tap_w + STEP_W - 1) // STEP_W
-    steps = cdiv(C, BLOCK_K)
+    # The output pixel of the first tap; from tap to tap of a class it goes back by BACK.
+    oh, ow = (h + PH - tap_h * DH) // SH, (w + PW - tap_w * DW) // SW
+    BACK_H: tl.constexpr = STEP_H * DH // SH
+    BACK_W: tl.constexpr = STEP_W * DW // SW
+    inside_h = tl.where(mask_p, _taps_inside(oh, OH, KH, -BACK_H), 0)
+    inside_w = _taps_inside(ow, OW, KW, -BACK_W)
+    rows = (image.to(tl.int64) * OH + oh) * OW + ow
+    offs = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range((KH - tap_h + STEP_H - 1) // STEP_H * taps_w * steps):
-        kh = tap_h + step // steps // taps_w * STEP_H
-        kw = tap_w + step // steps % taps_w * STEP_W
-        offs_k = step % steps * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < C
-        above, before = h + PH - kh * DH, w + PW - kw * DW
-        oh, ow = above // SH, before // SW
-        inside = mask_p & (above >= 0) & (oh < OH) & (before >= 0) & (ow < OW)
-        rows = (image.to(tl.int64) * OH + oh) * OW + ow
-        dy = load_conv_grad(
-            g_ptr, y_ptr, mean_ptr, scale_ptr, k0_ptr, k1_ptr, rows, inside, C, offs_k, mask_k
+    for step in range((KH - tap_h + STEP_H - 1) // STEP_H * taps_w * STEPS):
+        i, j, k = step // STEPS // taps_w, step // STEPS % taps_w, step % STEPS * BLOCK_K
+        mask_k = below(k + offs, C, EVEN)
+        inside = (inside_h >> i & inside_w >> j & 1) != 0
+        back = i * BACK_H * OW + j * BACK_W
+        if scale_ptr is not None:
+            dy = load_conv_grad(
+                g_ptr, y_ptr, mean_ptr, scale_ptr, k0_ptr, k1_ptr, rows - back, inside, C, k + offs,
+                mask_k,
+            )  # fmt: skip
+        else:
+            dy = tile(g_ptr + (k - back * C), rows, inside, C, offs, mask_k)
+        tap = (tap_h + i * STEP_H) * KW + tap_w + j * STEP_W
+        weight = tile(
+            w_ptr + (tap * N + k * (KH * KW * N)), offs, mask_k, KH * KW * N, offs_n, mask_n
         )
-        weight = tile(w_ptr + (kh * KW + kw) * N, offs_k, mask_k, KH * KW * N, offs_n, mask_n)
-        acc = tl.dot(dy, weight, acc, input_precision=INPUT_PRECISION)
+        acc = product(dy, weight, acc, INPUT_PRECISION, AWAIT)
     rows = (image.to(tl.int64) * H + h) * W + w
     if HAS_RELU:
         store_through_relu(
@@ -249,7 +289,7 @@ def _conv2d_dgrad_kernel(
 
 
 def conv2d_dgrad(
-    grad: ConvGrad,
+    grad: Tensor | ConvGrad,
     weight: Tensor,
     geometry: Geometry,
     x: Tensor,
@@ -259,13 +299,15 @@ def conv2d_dgrad(
 ) -> tuple[Tensor, GradSums | None]:
     """B3: the gradient of the convolution's input, through its ReLU with the two sums if act.
 
-    grad: that of the convolution's output; weight ``[C, N, kh, kw]``; x ``[images, N, H, W]``: of
-    it only the shape matters.
+    grad: that of the convolution's output, dy or what it is computed from; weight
+    ``[C, N, kh, kw]``; x ``[images, N, H, W]``: of it only the shape matters.
     """
     images, channels, height, width = x.shape
     out_channels = weight.shape[0]
     (sh, sw), _, (dh, dw), _ = geometry
-    cfg = config.choose("conv2d_dgrad", pixels(x), channels, out_channels, x)
+    g, is_computed = grad_pointers(grad)[0], isinstance(grad, ConvGrad)
+    assert g is not None
+    cfg = config.choose("conv2d_dgrad", pixels(x), channels, out_channels, x, is_computed)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     rows_per_class = images * blocks(height, sh) * blocks(width, sw)
     parts = sh * sw * blocks(rows_per_class, cfg.block_m)
@@ -277,12 +319,7 @@ def conv2d_dgrad(
     launch(
         _conv2d_dgrad_kernel,
         (parts * blocks(channels, cfg.block_n),),
-        grad.g,
-        grad.y,
-        grad.mean,
-        grad.scale,
-        grad.k0,
-        grad.k1,
+        *grad_pointers(grad),
         weight.contiguous(memory_format=torch.channels_last),
         out,
         partial,
@@ -292,16 +329,17 @@ def conv2d_dgrad(
         channels,
         height,
         width,
-        *grad.g.shape[2:],
+        *g.shape[2:],
         parts,
         HAS_RELU=act is not None,
         STEP_H=sh // gcd(sh, dh),
         STEP_W=sw // gcd(sw, dw),
         **_constants(weight, geometry),
-        INPUT_PRECISION=precision,
+        **config.product_constants(precision, x, is_computed),
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,
+        **_steps(out_channels, channels, cfg),
         config=cfg,
     )
     return out, None if partial is None else sums_of(partial)

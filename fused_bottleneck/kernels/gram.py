@@ -10,7 +10,8 @@ from ..stages import Operand
 from . import config
 from .config import blocks
 from .launch import launch
-from .prologues import cdiv, lane_sums, load_activation, load_centred, strided_rows
+from .prologues import cdiv, lane_sums, load_activation, load_centred, product, strided_rows
+from .reduce import parts_tile
 
 
 @triton.jit
@@ -71,6 +72,7 @@ def _gram_kernel(
     SW: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -104,7 +106,7 @@ def _gram_kernel(
                 y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, offs_q, mask_q, offs_j, K,
                 OH, OW, H, W, SH, SW,
             )  # fmt: skip
-        acc = tl.dot(tl.trans(left), right, acc, input_precision=INPUT_PRECISION)
+        acc = product(tl.trans(left), right, acc, INPUT_PRECISION, AWAIT)
     mask_i, mask_j = offs_i < K, offs_j < K
     row = (part * K + offs_i).to(tl.int64) * K
     where = row[:, None] + offs_j[None, :]
@@ -122,38 +124,32 @@ def _covariance_kernel(
     Q,
     K,
     parts,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
     """``mean = sum / Q`` and ``cov = D^T D / Q - mean mean^T`` from the parts, in float64.
 
-    A program owns a block ``[BLOCK, BLOCK_C]`` that reaches above the diagonal, and its mirror
-    image.
+    A program owns BLOCK columns of a row, of which some are on or above the diagonal, and their
+    mirror image. Bytes: half the product; the sums come from cache.
     """
-    i, j = tl.program_id(0), tl.program_id(1)
-    if i * BLOCK >= (j + 1) * BLOCK_C:
+    i, start = tl.program_id(0) // cdiv(K, BLOCK), tl.program_id(0) % cdiv(K, BLOCK) * BLOCK
+    if i >= start + BLOCK:
         return
-    offs_i, offs_j = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_i, mask_j = offs_i < K, offs_j < K
-    mask = mask_i[:, None] & mask_j[None, :] & (offs_i[:, None] <= offs_j[None, :])
-    square = offs_i[:, None] * K + offs_j[None, :]
-    total = tl.zeros([BLOCK, BLOCK_C], tl.float64)
-    sum_i, sum_j = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK_C], tl.float64)
-    ptrs = product_ptr + square
-    ptrs_i, ptrs_j = sums_ptr + offs_i, sums_ptr + offs_j
-    for _ in range(parts):
-        total += tl.load(ptrs, mask=mask, other=0.0).to(tl.float64)
-        sum_i += tl.load(ptrs_i, mask=mask_i, other=0.0).to(tl.float64)
-        sum_j += tl.load(ptrs_j, mask=mask_j, other=0.0).to(tl.float64)
-        ptrs += K * K
-        ptrs_i += K
-        ptrs_j += K
-    mean_i, mean_j = sum_i / Q, sum_j / Q
-    cov = (total / Q - mean_i[:, None] * mean_j[None, :]).to(tl.float32)
-    tl.store(cov_ptr + square, cov, mask=mask)
-    tl.store(cov_ptr + offs_j[None, :] * K + offs_i[:, None], cov, mask=mask)
+    offs, row = start + tl.arange(0, BLOCK), i + tl.arange(0, 1)
+    mask = (offs >= i) & (offs < K)
+    total = tl.zeros([PARTS, BLOCK], tl.float64)
+    sums = tl.zeros([PARTS, BLOCK], tl.float64)
+    sums_i = tl.zeros([PARTS, 1], tl.float64)
+    for p in range(0, parts, PARTS):
+        total += parts_tile(product_ptr + i * K, K * K, p, parts, offs, mask, PARTS)
+        sums += parts_tile(sums_ptr, K, p, parts, offs, mask, PARTS)
+        sums_i += parts_tile(sums_ptr, K, p, parts, row, row < K, PARTS)
+    mean, mean_i = tl.sum(sums, 0) / Q, tl.sum(sums_i, 0) / Q
+    cov = (tl.sum(total, 0) / Q - mean_i * mean).to(tl.float32)
+    tl.store(cov_ptr + i * K + offs, cov, mask=mask)
+    tl.store(cov_ptr + offs * K + i, cov, mask=mask)
     if i == 0:
-        tl.store(mean_ptr + offs_j, mean_j.to(tl.float32), mask=mask_j)
+        tl.store(mean_ptr + offs, mean.to(tl.float32), mask=mask)
 
 
 def gram(operand: Operand, precision: str) -> tuple[Tensor, Tensor]:
@@ -180,17 +176,17 @@ def gram(operand: Operand, precision: str) -> tuple[Tensor, Tensor]:
         SH=stride[0],
         SW=stride[1],
         ONE_BLOCK=count == 1,
-        INPUT_PRECISION=precision,
+        **config.product_constants(precision, source),
         BLOCK=cfg.block_m,
         BLOCK_K=cfg.block_k,
         config=cfg,
     )
     mean = torch.empty(channels, dtype=torch.float32, device=device)
     cov = torch.empty((channels, channels), dtype=torch.float32, device=device)
-    final = config.COVARIANCE
+    final = config.combining(parts)
     launch(
         _covariance_kernel,
-        (blocks(channels, final.block_m), blocks(channels, final.block_n)),
+        (channels * blocks(channels, final.block_n),),
         product,
         sums,
         mean,
@@ -198,8 +194,8 @@ def gram(operand: Operand, precision: str) -> tuple[Tensor, Tensor]:
         rows,
         channels,
         parts,
-        BLOCK=final.block_m,
-        BLOCK_C=final.block_n,
+        PARTS=final.block_m,
+        BLOCK=final.block_n,
         config=final,
     )
     return mean, cov

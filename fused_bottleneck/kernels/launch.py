@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
+from ..operands import Activation, ConvGrad
 from .config import Config
 
 
@@ -28,6 +31,16 @@ def launch(
         _calls.append(Call(kernel, grid, arguments, constants, config))
         return
     kernel[grid](*arguments, **constants, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def source_pointers(source: Tensor | Activation) -> tuple[Tensor | None, ...]:
+    """A convolution's input as kernels take it: x, and what makes it an activation, or None."""
+    return source if isinstance(source, Activation) else (source, None, None, None, None)
+
+
+def grad_pointers(grad: Tensor | ConvGrad) -> tuple[Tensor | None, ...]:
+    """The gradient of a convolution's output as ``load_conv_grad`` takes it: computed, or dy."""
+    return grad if isinstance(grad, ConvGrad) else (grad, None, None, None, None, None)
 
 
 def is_recording() -> bool:

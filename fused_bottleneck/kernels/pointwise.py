@@ -1,15 +1,24 @@
-"""Elementwise stages: the standalone unit's activation and its gradient, the masked gradient."""
+"""Elementwise stages: the standalone unit's activation and its gradient, the masked gradient, and
+operands that are written once, where products would compute them many times (rules.py)."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operands import Activation, MaskedGrad, pixels
+from ..operands import Activation, ConvGrad, MaskedGrad, pixels
 from ..stages import GradSums
 from .config import POINTWISE, blocks
 from .launch import launch
-from .prologues import cdiv, load_activation, load_masked_grad, put_tile, store_through_relu, tile
+from .prologues import (
+    cdiv,
+    load_activation,
+    load_conv_grad,
+    load_masked_grad,
+    put_tile,
+    store_through_relu,
+    tile,
+)
 from .reduce import sums_of
 
 
@@ -45,6 +54,49 @@ def activation(act: Activation) -> Tensor:
         _activation_kernel,
         (blocks(rows, POINTWISE.block_m) * blocks(channels, POINTWISE.block_n),),
         *act,
+        out,
+        rows,
+        channels,
+        BLOCK_M=POINTWISE.block_m,
+        BLOCK_N=POINTWISE.block_n,
+        config=POINTWISE,
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["P"])
+def _conv_grad_kernel(
+    g_ptr,
+    y_ptr,
+    mean_ptr,
+    scale_ptr,
+    k0_ptr,
+    k1_ptr,
+    out_ptr,
+    P,
+    C,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``dy = scale * (g - k0 - (y - mean) * k1)``, ``[P, C]``. Bytes: g + y + dy."""
+    pid = tl.program_id(0)
+    offs = pid % cdiv(C, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_p = pid // cdiv(C, BLOCK_N) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows, mask_p, mask = offs_p.to(tl.int64), offs_p < P, offs < C
+    dy = load_conv_grad(
+        g_ptr, y_ptr, mean_ptr, scale_ptr, k0_ptr, k1_ptr, rows, mask_p, C, offs, mask
+    )
+    put_tile(out_ptr, rows, mask_p, C, offs, mask, dy)
+
+
+def conv_grad(grad: ConvGrad) -> Tensor:
+    """dy ``[N, C, H, W]`` in channels_last memory."""
+    rows, channels = pixels(grad.g), grad.g.shape[1]
+    out = torch.empty_like(grad.g, memory_format=torch.channels_last)
+    launch(
+        _conv_grad_kernel,
+        (blocks(rows, POINTWISE.block_m) * blocks(channels, POINTWISE.block_n),),
+        *grad,
         out,
         rows,
         channels,

@@ -22,6 +22,15 @@ def channels(ptr, offs, mask):
 
 
 @triton.jit
+def below(offs, size, EVEN: tl.constexpr):
+    """``offs < size``; EVEN: it is so, as the blocks divide the sizes, and costs no instruction."""
+    if EVEN:
+        return tl.full(offs.shape, True, tl.int1)
+    else:
+        return offs < size
+
+
+@triton.jit
 def tile(ptr, rows, mask_rows, stride, offs, mask):
     """``[BLOCK_ROWS, BLOCK]`` of a matrix with rows of ``stride`` elements; rows int64."""
     where = rows[:, None] * stride + offs[None, :]
@@ -96,15 +105,18 @@ def load_centred(x_ptr, centre_ptr, rows, mask_rows, C, offs, mask):
 def load_conv_grad(
     g_ptr, y_ptr, mean_ptr, scale_ptr, k0_ptr, k1_ptr, rows, mask_rows, C, offs, mask
 ):
-    """A tile of ``dy = scale * (g - k0 - (y - mean) * k1)``; k0_ptr None: ``scale * g``."""
+    """A tile of ``dy = scale * (g - k0 - (y - mean) * k1)``; k0_ptr None: ``scale * g``;
+    scale_ptr None: g is dy already."""
     g = tile(g_ptr, rows, mask_rows, C, offs, mask)
-    dy = g.to(tl.float32)
-    if k0_ptr is not None:
-        y = tile(y_ptr, rows, mask_rows, C, offs, mask).to(tl.float32)
-        mean = channels(mean_ptr, offs, mask)
-        dy -= channels(k0_ptr, offs, mask) + (y - mean) * channels(k1_ptr, offs, mask)
-    dy *= channels(scale_ptr, offs, mask)
-    return tl.where(mask_rows[:, None], dy, 0.0).to(g.dtype)
+    if scale_ptr is not None:
+        dy = g.to(tl.float32)
+        if k0_ptr is not None:
+            y = tile(y_ptr, rows, mask_rows, C, offs, mask).to(tl.float32)
+            mean = channels(mean_ptr, offs, mask)
+            dy -= channels(k0_ptr, offs, mask) + (y - mean) * channels(k1_ptr, offs, mask)
+        dy *= channels(scale_ptr, offs, mask)
+        g = tl.where(mask_rows[:, None], dy, 0.0).to(g.dtype)
+    return g
 
 
 @triton.jit
@@ -121,6 +133,26 @@ def load_masked_grad(
     bits = (packed[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
     grad = tile(grad_ptr, rows, mask_rows, W, offs, offs < W)
     return tl.where(tl.reshape(bits, [BLOCK_R, BLOCK]) != 0, grad, 0.0)
+
+
+# Products.
+
+
+@triton.jit
+def product(a, b, acc, INPUT_PRECISION: tl.constexpr, AWAIT: tl.constexpr):
+    """``acc + a b`` for operands that were computed in registers.
+
+    AWAIT: finish it within the step. Hopper's products are asynchronous, and Triton lets one run
+    on into the next step of a loop, where the prologue then overwrites the registers that it is
+    still reading its left operand from (github.com/triton-lang/triton/issues/9433). An
+    accumulator that is used in the step, if only to be moved, makes Triton wait for it there.
+    """
+    acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+    if AWAIT:
+        acc = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f", [acc], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return acc
 
 
 # Results.

@@ -6,8 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..stages import GradSums, Moments
-from .config import REDUCE, blocks
+from .config import REDUCE, blocks, combining
 from .launch import launch
+from .prologues import tile
 
 
 @triton.jit(do_not_specialize=["parts", "count", "last"])
@@ -92,33 +93,45 @@ def sums_of(partial: Tensor) -> GradSums:
     return GradSums(*sums.unbind())
 
 
+@triton.jit
+def parts_tile(ptr, stride, start, parts, offs, mask, PARTS: tl.constexpr):
+    """``ptr[p * stride + offs]`` of PARTS parts from start on, ``[PARTS, BLOCK]`` in float64.
+
+    Partial results are loaded by so many at a time: one by one they are a chain of waits.
+    """
+    part = start + tl.arange(0, PARTS)
+    return tile(ptr, part.to(tl.int64), part < parts, stride, offs, mask).to(tl.float64)
+
+
 @triton.jit(do_not_specialize=["parts"])
-def _combine_products_kernel(partial_ptr, out_ptr, size, parts, BLOCK: tl.constexpr):
+def _combine_products_kernel(
+    partial_ptr, out_ptr, size, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
     """``out[i] = sum over parts of partial[part, i]``, in float64. A program owns BLOCK elements.
 
     Bytes: 4 size parts + out.
     """
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
-    total = tl.zeros([BLOCK], tl.float64)
-    ptrs = partial_ptr + offs
-    for _ in range(parts):
-        total += tl.load(ptrs, mask=mask, other=0.0).to(tl.float64)
-        ptrs += size
-    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+    total = tl.zeros([PARTS, BLOCK], tl.float64)
+    for start in range(0, parts, PARTS):
+        total += parts_tile(partial_ptr, size, start, parts, offs, mask, PARTS)
+    tl.store(out_ptr + offs, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def products_of(partial: Tensor, out: Tensor) -> Tensor:
     """``out = partial.sum(0)`` for partial ``[parts, *]`` float32 and a dense out."""
     size = partial[0].numel()
+    cfg = combining(partial.shape[0])
     launch(
         _combine_products_kernel,
-        (blocks(size, REDUCE.block_n),),
+        (blocks(size, cfg.block_n),),
         partial,
         out,
         size,
         partial.shape[0],
-        BLOCK=REDUCE.block_n,
-        config=REDUCE,
+        PARTS=cfg.block_m,
+        BLOCK=cfg.block_n,
+        config=cfg,
     )
     return out

@@ -20,6 +20,7 @@ from .prologues import (
     load_centred,
     load_masked_grad,
     pack_bits,
+    product,
     put_tile,
     store_through_relu,
     strided_rows,
@@ -56,6 +57,7 @@ def _tail_forward_kernel(
     SH: tl.constexpr,
     SW: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -81,7 +83,7 @@ def _tail_forward_kernel(
             y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, rows, mask_q, M, offs_k, mask_k
         )
         w = tile(w_ptr, offs_n, mask_n, M, offs_k, mask_k)
-        acc = tl.dot(d, tl.trans(w), acc, input_precision=INPUT_PRECISION)
+        acc = product(d, tl.trans(w), acc, INPUT_PRECISION, AWAIT)
     acc += channels(shift_ptr, offs_n, mask_n)
     if HAS_DOWNSAMPLE:
         rows_x = strided_rows(offs_q, OH, OW, H, W_IN, SH, SW)
@@ -90,7 +92,7 @@ def _tail_forward_kernel(
             mask_k = offs_k < C
             d = load_centred(x_ptr, x_centre_ptr, rows_x, mask_q, C, offs_k, mask_k)
             w = tile(x_w_ptr, offs_n, mask_n, C, offs_k, mask_k)
-            acc = tl.dot(d, tl.trans(w), acc, input_precision=INPUT_PRECISION)
+            acc = product(d, tl.trans(w), acc, INPUT_PRECISION, AWAIT)
         acc += channels(x_shift_ptr, offs_n, mask_n)
     else:
         acc += tile(residual_ptr, rows, mask_q, N, offs_n, mask_n).to(tl.float32)
@@ -150,7 +152,7 @@ def tail_forward(
         HAS_DOWNSAMPLE=residual is None,
         SH=strides[0],
         SW=strides[1],
-        INPUT_PRECISION=precision,
+        **config.product_constants(precision, act.y),
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,
@@ -179,6 +181,7 @@ def _tail_dgrad_kernel(
     N,
     parts,
     INPUT_PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -200,7 +203,7 @@ def _tail_dgrad_kernel(
         offs_k = k + tl.arange(0, BLOCK_K)
         g = load_masked_grad(grad_ptr, bits_ptr, rows, mask_q, W, k, BLOCK_M, BLOCK_K)
         a = tile(a_ptr, offs_k, offs_k < W, N, offs_n, mask_n)
-        acc = tl.dot(g, a, acc, input_precision=INPUT_PRECISION)
+        acc = product(g, a, acc, INPUT_PRECISION, AWAIT)
     if b_ptr is not None:
         for k in range(0, N, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
@@ -209,7 +212,7 @@ def _tail_dgrad_kernel(
                 y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, rows, mask_q, N, offs_k, mask_k
             )
             b = tile(b_ptr, offs_k, mask_k, N, offs_n, mask_n)
-            acc = tl.dot(d, b, acc, input_precision=INPUT_PRECISION)
+            acc = product(d, b, acc, INPUT_PRECISION, AWAIT)
         acc += channels(shift_ptr, offs_n, mask_n)
     store_through_relu(
         out_ptr, partial_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, invstd_ptr, acc, rows, mask_q,
@@ -240,7 +243,7 @@ def tail_dgrad(
         wide,
         width,
         parts,
-        INPUT_PRECISION=precision,
+        **config.product_constants(precision, act.y),
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,

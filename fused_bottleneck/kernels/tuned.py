@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 CACHE_VARIABLE = "FUSED_BOTTLENECK_CACHE"
-FORMAT = 1  # goes up when a kernel changes what a configuration means
+FORMAT = 2  # goes up when a kernel changes what a configuration means
 
 
 @dataclass(frozen=True)

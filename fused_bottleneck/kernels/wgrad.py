@@ -11,18 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operands import Activation, ConvGrad, Geometry, MaskedGrad, StridedInput, pixels
+from ..operands import POINTWISE, Activation, ConvGrad, Geometry, MaskedGrad, StridedInput, pixels
 from ..stages import Operand
 from . import config
 from .config import blocks
 from .gram import load_operand
-from .launch import launch
+from .launch import grad_pointers, launch, source_pointers
 from .prologues import (
+    below,
     cdiv,
     lane_sums,
     load_activation,
     load_conv_grad,
     load_masked_grad,
+    product,
     tile,
 )
 from .reduce import products_of
@@ -32,7 +34,7 @@ from .reduce import products_of
 def _grad_product(
     grad_ptr, bits_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, start, end, pid_w, pid_k,
     W, K, OH, OW, H, W_IN, SH: tl.constexpr, SW: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    AWAIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A block of ``g^T D`` over the pixels start to end, and g's column sums in 16 lanes."""
     offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -49,7 +51,7 @@ def _grad_product(
             y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, offs_q, mask_q, offs_k, K,
             OH, OW, H, W_IN, SH, SW,
         )  # fmt: skip
-        acc = tl.dot(tl.trans(g), d, acc, input_precision=INPUT_PRECISION)
+        acc = product(tl.trans(g), d, acc, INPUT_PRECISION, AWAIT)
     return acc, sums
 
 
@@ -77,6 +79,7 @@ def _tail_wgrad_kernel(
     SH: tl.constexpr,
     SW: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -101,7 +104,8 @@ def _tail_wgrad_kernel(
     if pid_k < blocks_k:
         acc, sums = _grad_product(
             grad_ptr, bits_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, start, end,
-            pid_w, pid_k, W, K, OH, OW, OH, OW, 1, 1, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            pid_w, pid_k, W, K, OH, OW, OH, OW, 1, 1, INPUT_PRECISION, AWAIT, BLOCK_M, BLOCK_N,
+            BLOCK_K,
         )  # fmt: skip
         offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
         where = offs_w[:, None] * K + offs_k[None, :]
@@ -111,8 +115,8 @@ def _tail_wgrad_kernel(
     elif x_ptr is not None:
         acc, sums = _grad_product(
             grad_ptr, bits_ptr, x_ptr, None, None, None, x_centre_ptr, start, end, pid_w,
-            pid_k - blocks_k, W, C, OH, OW, H, W_IN, SH, SW, INPUT_PRECISION, BLOCK_M, BLOCK_N,
-            BLOCK_K,
+            pid_k - blocks_k, W, C, OH, OW, H, W_IN, SH, SW, INPUT_PRECISION, AWAIT, BLOCK_M,
+            BLOCK_N, BLOCK_K,
         )  # fmt: skip
         offs_c = (pid_k - blocks_k) * BLOCK_N + tl.arange(0, BLOCK_N)
         where = W * K + offs_w[:, None] * C + offs_c[None, :]
@@ -132,9 +136,9 @@ def tail_wgrad(
     assert x_s is None or isinstance(x_s, StridedInput)
     rows, wide, channels = pixels(grad.grad_out), grad.grad_out.shape[1], act.y.shape[1]
     x_channels = 0 if x_s is None else x_s.x.shape[1]
-    columns, widest = channels + x_channels, max(channels, x_channels)
+    columns = channels + x_channels
     stage = "tail_wgrad" if x_s is None else "tail_wgrad_downsample"
-    cfg = config.choose(stage, wide, widest, rows, grad.grad_out)
+    cfg = config.choose(stage, wide, columns, rows, grad.grad_out)
     parts, size = blocks(rows, cfg.rows), wide * (columns + 1)
     device = grad.grad_out.device
     partial = torch.empty((parts, size), dtype=torch.float32, device=device)
@@ -159,7 +163,7 @@ def tail_wgrad(
         cfg.rows,
         SH=stride[0],
         SW=stride[1],
-        INPUT_PRECISION=precision,
+        **config.product_constants(precision, grad.grad_out),
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,
@@ -169,6 +173,18 @@ def tail_wgrad(
     s, s_x, sum_g = total.split([wide * channels, wide * x_channels, wide])
     products = [s.view(wide, channels), s_x.view(wide, x_channels)]
     return sum_g, products[: len(operands)]
+
+
+@triton.jit
+def _advance(n, h, w, H, W, STEP: tl.constexpr):
+    """The pixels (n, h, w) of ``[N, H, W]`` that are STEP further on: additions, where to divide
+    each pixel's index anew would cost as much as the rest of a loop's addresses."""
+    w += STEP % W
+    over = w >= W
+    w = tl.where(over, w - W, w)
+    h += STEP // W % H + over.to(tl.int32)
+    over = h >= H
+    return n + STEP // (H * W) + over.to(tl.int32), tl.where(over, h - H, h), w
 
 
 @triton.jit(do_not_specialize=["Q", "H", "W", "OH", "OW", "ROWS"])
@@ -203,17 +219,20 @@ def _conv_wgrad_kernel(
     DH: tl.constexpr,
     DW: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    AWAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    POINTWISE: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """B4, B5: ``dW = sum over pixels of dy^T a`` for TAPS neighbouring taps, over ROWS pixels.
 
-    dy ``[Q, M]`` from (g, y); a ``[images * H * W, C]``: relu(BN(x)), or x (x_scale_ptr None);
-    partial ``[parts, M, KH, KW, C]``. A program owns a block ``[BLOCK_M, BLOCK_N]`` of the
-    weight's channels, TAPS taps and one part; the programs of one part are neighbours, so that dy
-    and a come from L2 for all but the first. Bytes: g + y + x, and 4 M C KH KW per part;
-    FLOPs: 2 Q M C KH KW.
+    dy ``[Q, M]`` from (g, y), or g itself (scale_ptr None); a ``[images * H * W, C]``:
+    relu(BN(x)), or x (x_scale_ptr None); partial ``[parts, M, KH, KW, C]``. A program owns a block
+    ``[BLOCK_M, BLOCK_N]`` of the weight's channels, TAPS taps and one part; the programs of one
+    part are neighbours, so that dy and a come from L2 for all but the first. Bytes: dy + a, and
+    4 M C KH KW per part; FLOPs: 2 Q M C KH KW.
     """
     pid = tl.program_id(0)
     tap = pid % (KH * KW // TAPS) * TAPS
@@ -222,34 +241,39 @@ def _conv_wgrad_kernel(
     pid = pid // cdiv(C, BLOCK_N)
     offs_m = pid % cdiv(M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)
     part = pid // cdiv(M, BLOCK_M)
-    mask_m, mask_c = offs_m < M, offs_c < C
+    mask_m, mask_c = below(offs_m, M, EVEN), below(offs_c, C, EVEN)
     accs = (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),) * TAPS
     end = tl.minimum(Q, (part + 1) * ROWS)
+    lanes = tl.arange(0, BLOCK_K)
+    offs_q = part * ROWS + lanes
+    n, oh, ow = offs_q // (OH * OW), offs_q // OW % OH, offs_q % OW
+    q, rows, left = offs_q.to(tl.int64), offs_q.to(tl.int64), ow
     for start in range(part * ROWS, end, BLOCK_K):
-        offs_q = start + tl.arange(0, BLOCK_K)
-        mask_q = offs_q < end
-        rows = offs_q.to(tl.int64)
+        inside = start + lanes < end
         dy = load_conv_grad(
-            g_ptr, y_ptr, mean_ptr, scale_ptr, k0_ptr, k1_ptr, rows, mask_q, M, offs_m, mask_m
+            g_ptr, y_ptr, mean_ptr, scale_ptr, k0_ptr, k1_ptr, q, inside, M, offs_m, mask_m
         )
+        q += BLOCK_K
+        if not POINTWISE:
+            top, left = oh * SH - PH + tap // KW * DH, ow * SW - PW + tap % KW * DW
+            rows = (n.to(tl.int64) * H + top) * W + left
+            inside = inside & (top >= 0) & (top < H)
+            n, oh, ow = _advance(n, oh, ow, OH, OW, BLOCK_K)
         sums = ()
         for i in tl.static_range(TAPS):
-            inside = mask_q
-            if KH * KW * SH * SW > 1 or PH + PW > 0:
-                h = offs_q // OW % OH * SH - PH + (tap + i) // KW * DH
-                w = offs_q % OW * SW - PW + (tap + i) % KW * DW
-                inside = mask_q & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                rows = ((offs_q // (OH * OW)).to(tl.int64) * H + h) * W + w
+            live = inside if POINTWISE else inside & (left + i * DW >= 0) & (left + i * DW < W)
             if x_scale_ptr is not None:
                 a = load_activation(
-                    x_ptr, x_mean_ptr, x_scale_ptr, x_beta_ptr, x_centre_ptr, rows, inside, C,
-                    offs_c, mask_c,
+                    x_ptr, x_mean_ptr, x_scale_ptr, x_beta_ptr, x_centre_ptr, rows + i * DW, live,
+                    C, offs_c, mask_c,
                 )  # fmt: skip
             else:
-                a = tile(x_ptr, rows, inside, C, offs_c, mask_c)
-            acc = tl.dot(tl.trans(dy), a, accs[i], input_precision=INPUT_PRECISION)
+                a = tile(x_ptr + i * DW * C, rows, live, C, offs_c, mask_c)
+            acc = product(tl.trans(dy), a, accs[i], INPUT_PRECISION, AWAIT)
             sums = sums + (acc,)  # type: ignore[assignment]  # noqa: RUF005
         accs = sums
+        if POINTWISE:
+            rows += BLOCK_K
     partial_ptr += part.to(tl.int64) * (M * KH * KW) * C
     mask = mask_m[:, None] & mask_c[None, :]
     for i in tl.static_range(TAPS):
@@ -258,19 +282,24 @@ def _conv_wgrad_kernel(
 
 
 def conv_wgrad(
-    grad: ConvGrad,
+    grad: Tensor | ConvGrad,
     source: Tensor | Activation,
     weight: Tensor,
     geometry: Geometry,
     precision: str,
 ) -> Tensor:
     """B4, B5: the gradient of the weight ``[M, C, kh, kw]``, channels_last, in its dtype."""
-    x, *coefficients = source if isinstance(source, Activation) else (source, *(None,) * 4)
+    x, *coefficients = source_pointers(source)
+    g, *_ = grad_pointers(grad)
+    assert x is not None
+    assert g is not None
+    is_computed = isinstance(grad, ConvGrad) or isinstance(source, Activation)
     out_channels, channels, kh, kw = weight.shape
     (sh, sw), (ph, pw), (dh, dw), _ = geometry
-    rows = pixels(grad.g)
+    rows = pixels(g)
     kind = "pointwise" if kh * kw == 1 else "taps"
-    cfg = config.choose(f"conv_wgrad_{kind}", out_channels, channels, rows, weight)
+    stage = f"conv_wgrad_{kind}"
+    cfg = config.choose(stage, out_channels, channels, rows, weight, is_computed)
     taps = kw if kw <= cfg.taps else 1
     parts = blocks(rows, cfg.rows)
     device = weight.device
@@ -279,7 +308,7 @@ def conv_wgrad(
     launch(
         _conv_wgrad_kernel,
         (tiles * (kh * kw // taps) * parts,),
-        *grad,
+        *grad_pointers(grad),
         x,
         *coefficients,
         partial,
@@ -287,7 +316,7 @@ def conv_wgrad(
         out_channels,
         channels,
         *x.shape[2:],
-        *grad.g.shape[2:],
+        *g.shape[2:],
         cfg.rows,
         TAPS=taps,
         KH=kh,
@@ -298,10 +327,12 @@ def conv_wgrad(
         PW=pw,
         DH=dh,
         DW=dw,
-        INPUT_PRECISION=precision,
+        **config.product_constants(precision, weight, is_computed),
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,
+        POINTWISE=kh * kw == 1 and geometry == POINTWISE,
+        EVEN=out_channels % cfg.block_m == 0 and channels % cfg.block_n == 0,
         config=cfg,
     )
     out = torch.empty(
