@@ -11,7 +11,7 @@ sources := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu cs
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help check venv build demo test test-fast test-gpu sanitize kernel-report bench report lint format clean
+.PHONY: help check venv build demo test test-fast test-gpu sanitize kernel-report bench bench-gpu report lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -65,8 +65,15 @@ sanitize: build ## run every kernel under compute-sanitizer (needs a GPU and the
 kernel-report: venv ## what the compiler makes of the kernels, and their floors; needs no GPU
 	$(python) -m benchmarks.kernel_report
 
-bench: build ## measure the block against the reference; write benchmarks/results/
-	$(python) -m benchmarks.bench_block
+bench: build ## measure on the CPU; write benchmarks/results/ (about 40 minutes; QUICK=--quick: does it run?)
+	$(python) -m benchmarks.bench_block $(QUICK)
+	$(python) -m benchmarks.bench_stages $(QUICK)
+	$(python) -m benchmarks.bench_resnet50 $(QUICK)
+	$(python) -m benchmarks.bench_scaling $(QUICK)
+	$(python) -m benchmarks.convergence $(QUICK)
+
+bench-gpu: ## build, test, tune and measure on a GPU, with $(interpreter) as it is, in 9 minutes
+	$(interpreter) -m benchmarks.suite --device cuda $(SUITE)
 
 report: venv ## write the measured tables of README.md and the plots from benchmarks/results/
 	$(python) -m benchmarks.report

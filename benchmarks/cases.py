@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks import memory
 from benchmarks.shapes import BlockShape
 from fused_bottleneck import Bottleneck, FusedBottleneck
 
@@ -86,31 +87,10 @@ class TorchCase(Case):
         return {"output": out.detach(), **dict(zip(names, grads, strict=True))}
 
     def saved_bytes(self) -> int:
-        """Of the distinct storages; the input counts, the block's own tensors do not."""
-        own = {tensor.untyped_storage().data_ptr() for tensor in self.block.state_dict().values()}
-        # The storages are held until the count is done: a freed address could be handed out again.
-        kept: dict[int, torch.UntypedStorage] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = self.forward()
-        del out
-        return sum(storage.nbytes() for storage in kept.values())
+        return memory.saved_bytes(self.forward, self.block.state_dict().values())
 
     def peak_bytes(self) -> int | None:
-        if self.x.device.type != "cuda":
-            return None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        self.step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return memory.peak_bytes(self.step, self.x.device)
 
 
 class Inputs(NamedTuple):

@@ -88,7 +88,7 @@ def build_peers(
             wrong = disagreements({name: case}, bounds, expected)
             case.forward()
         except Exception as error:  # whatever happens inside another library
-            left_out[name] = _first_line(error)
+            left_out[name] = first_line(error)
             continue
         if wrong:
             left_out[name] = wrong[name][0]
@@ -97,7 +97,8 @@ def build_peers(
     return cases, left_out
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error in one line of at most 200 characters."""
     text = f"{type(error).__name__}: {error}".strip()
     with suppress(IndexError):
         text = text.splitlines()[0]

@@ -61,20 +61,21 @@ def caption(run: Run) -> str:
     """One paragraph that says what was measured, where, when and how."""
     settings, peaks = run["settings"], run["peaks"]
     product = peaks.get("product_rate", 0.0)
-    rate = max(peaks["convolution_rate"], product)
+    operations = max(peaks["convolution_rate"], product)
     return (
         f"{settings['dtype']}, batch {settings['batch']}, convolutions "
         f"{'with' if settings['bias'] else 'without'} a bias; {origin(run)}. Milliseconds: "
         f"median (20 %-80 % quantiles) of {settings['rounds']} rounds, variants interleaved. "
         "Speed-up: reference over fused, in the named layout; over a peer: the peer's time over "
         "that of fused channels_last. Floor: the ten fused stages, each at the measured rate of a "
-        f"copy ({_rate(peaks['copy_bandwidth'], 'B/s')}) or of the fastest product "
-        f"({_rate(rate, 'FLOP/s')}), whichever takes longer, as a share of the fused "
+        f"copy ({rate(peaks['copy_bandwidth'], 'B/s')}) or of the fastest product "
+        f"({rate(operations, 'FLOP/s')}), whichever takes longer, as a share of the fused "
         "channels_last time."
     )
 
 
-def _rate(value: float, unit: str) -> str:
+def rate(value: float, unit: str) -> str:
+    """A rate in units of 1e9 or 1e12."""
     return f"{value / 1e12:.2f} T{unit}" if value >= 1e12 else f"{value / 1e9:.1f} G{unit}"
 
 
@@ -112,22 +113,24 @@ def memory_table(run: Run) -> str:
     rows = []
     for shape in shape_names(run):
         found = [records.get((shape, name), {}) for name in names]
-        row = [shape, *(_mebibytes(record.get("saved_bytes")) for record in found)]
+        row = [shape, *(mebibytes(record.get("saved_bytes")) for record in found)]
         row.append(f"{memory_ratio(records, shape, 'channels_last'):.2f}")
-        rows.append(row + [_mebibytes(record.get("peak_bytes")) for record in found])
+        rows.append(row + [mebibytes(record.get("peak_bytes")) for record in found])
     header = ["block", *(f"{name}, MiB" for name in names), "fused / reference"]
     header += [f"{name}, peak MiB" for name in names]
-    return markdown(*_without_empty_columns(header, rows))
+    return markdown(*without_empty_columns(header, rows))
 
 
-def _without_empty_columns(
+def without_empty_columns(
     header: list[str], rows: list[list[str]]
 ) -> tuple[list[str], list[list[str]]]:
+    """Header and rows without the columns that hold a dash in every row."""
     kept = [i for i in range(len(header)) if any(row[i] != "-" for row in rows)]
     return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
-def _mebibytes(count: int | None) -> str:
+def mebibytes(count: int | None) -> str:
+    """A size, or a dash where it is not known."""
     return "-" if count is None else f"{count / 2**20:.1f}"
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import bench_block, peers, records, report, tables, traffic
+from benchmarks import bench_block, checked, peers, records, report, tables, traffic
 from benchmarks.cases import (
     BASELINE,
     NORM_BOUNDS,
@@ -226,7 +226,7 @@ def test_disagreement_ends_the_run_without_a_report(
     assert len(json.loads((tmp_path / "right.json").read_text())["records"]) == 4
 
     monkeypatch.setattr(
-        bench_block, "build_cases", lambda inputs: with_wrong_variant(build_cases(inputs))
+        checked, "build_cases", lambda inputs: with_wrong_variant(build_cases(inputs))
     )
     assert bench_block.main([*arguments, str(tmp_path / "wrong.json")]) == 1
     wrong = capsys.readouterr()
@@ -246,7 +246,7 @@ def test_a_gradient_may_disagree_by_chance_but_not_on_every_data_set(
         cases = build_cases(inputs)
         return with_wrong_variant(cases) if len(built) == 1 else cases
 
-    monkeypatch.setattr(bench_block, "build_cases", wrong_at_first)
+    monkeypatch.setattr(checked, "build_cases", wrong_at_first)
     assert bench_block.main(quick_tiny) == 0
     assert len(built) == 2
     assert not torch.equal(built[0].x, built[1].x)
@@ -366,12 +366,13 @@ def test_report_fills_the_regions_and_notices_changes(
 ) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "results"
     records.write(fixed_run(), results / "block.json")
+    folder = ["--results", str(results)]
     region = "<!-- bench:{0}:start -->\n<!-- bench:{0}:end -->\n"
     readme.write_text("before\n" + "".join(map(region.format, report.REGIONS)) + "after\n")
 
-    assert report.main(["--check"], readme, results) == 1
+    assert report.main(["--check", *folder], readme) == 1
     assert "not up to date" in capsys.readouterr().err
-    assert report.main([], readme, results) == 0
+    assert report.main(folder, readme) == 0
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -384,12 +385,12 @@ def test_report_fills_the_regions_and_notices_changes(
     assert "|256-64@56|10.0|4.0|0.40|" in rows
     assert "|256-64@56,speed-upchannels_last|1.25|atleast1.50|missed|" in rows
     assert (results / "block.png").read_bytes().startswith(b"\x89PNG")
-    assert report.main(["--check"], readme, results) == 0
+    assert report.main(["--check", *folder], readme) == 0
 
     changed = copy.deepcopy(fixed_run())
     changed["records"][0]["step"]["median"] = 0.3
     records.write(changed, results / "block.json")
-    assert report.main(["--check"], readme, results) == 1
+    assert report.main(["--check", *folder], readme) == 1
 
 
 def test_report_without_runs_and_with_an_unknown_region() -> None:
