@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -121,14 +122,18 @@ def run_part(part: Part, limit: float, log: Path, env: Mapping[str, str]) -> tup
     """Run a part for at most `limit` seconds, with its output in `log`; its state and seconds."""
     start = time.monotonic()
     with log.open("w") as file:
-        process = subprocess.Popen(
-            part.command,
-            cwd=ROOT,
-            env=dict(env),
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        try:
+            process = subprocess.Popen(
+                part.command,
+                cwd=ROOT,
+                env=dict(env),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            file.write(f"{error}\n")
+            return "failed", 0.0
         try:
             state = "done" if process.wait(limit) == 0 else "failed"
         except subprocess.TimeoutExpired:
@@ -138,17 +143,13 @@ def run_part(part: Part, limit: float, log: Path, env: Mapping[str, str]) -> tup
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a part's process group, which may outlive its leader."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            break
-        try:
+    """End a part's process group, which may outlive its leader: first ask, then insist."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
             process.wait(KILL_SECONDS)
-            break
-        except subprocess.TimeoutExpired:
-            continue
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def run_all(
