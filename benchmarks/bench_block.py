@@ -21,7 +21,7 @@ from benchmarks.cases import norm_bounds
 from benchmarks.checked import agreeing_cases
 from benchmarks.harness import measure, timer_for
 from benchmarks.options import DTYPES
-from benchmarks.peers import PEERS, build_peers, default_peers
+from benchmarks.peers import DEFAULT_PEERS, PEERS, build_peers
 from benchmarks.roofline import measure_peaks
 from benchmarks.shapes import NETWORKS, SHAPES
 
@@ -38,7 +38,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="*",
         choices=PEERS,
         metavar="PEER",
-        help=f"what else to time, of: {', '.join(PEERS)} (default: all that run in a few minutes)",
+        help=f"what else to time, of: {', '.join(PEERS)} (default: {', '.join(DEFAULT_PEERS)})",
     )
     parser.add_argument("--batch", type=options.positive, help="images (default: 16)")
     parser.add_argument(
@@ -46,14 +46,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     names = [shape.name for shape in NETWORKS[args.network]]
-    peers = default_peers(args.device)
     options.resolve(
         parser,
         args,
         shapes=(names, options.QUICK_SHAPES),
         batch=(16, 2),
         rounds=(20, 3),
-        peers=(peers, []),
+        peers=(DEFAULT_PEERS, []),
     )
     parts = ["block", args.device.type, args.dtype, f"batch{args.batch}"]
     options.default_output(args, *options.named(args, parts))

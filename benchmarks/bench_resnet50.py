@@ -87,10 +87,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         choices=VARIANTS,
         metavar="VARIANT",
-        help=f"of: {', '.join(VARIANTS)} (default: all; on a CPU those that need no compiling)",
+        help=f"of: {', '.join(VARIANTS)} (default: all but max-autotune; on a CPU "
+        "those that need no compiling)",
     )
     args = parser.parse_args(argv)
-    usual = EAGER if args.device.type == "cpu" else list(VARIANTS)
+    quick_to_compile = [name for name in VARIANTS if name != "compile max-autotune"]
+    usual = EAGER if args.device.type == "cpu" else quick_to_compile
     options.resolve(
         parser,
         args,
@@ -147,9 +149,12 @@ def prepare(
     for name in args.variants:
         try:
             training, step = make_step(name, args, batch)
+            composed = training.composed_reasons()
+            if composed:
+                raise Refused("\n".join([f"batch {batch} is not reported:", *composed]))
             losses = [float(step()) for _ in bounds]
         except Exception as error:  # a compiler's failure, or memory
-            if name in MANDATORY:
+            if name in MANDATORY or isinstance(error, Refused):
                 raise
             left_out[name] = first_line(error)
             continue

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases import MEMORY_FORMATS, new_block
 from benchmarks.shapes import NETWORKS
-from fused_bottleneck import Bottleneck
+from fused_bottleneck import Bottleneck, FusedBottleneck
 
 CLASSES = 1000
 # Branches start small, as usual (Goyal et al. 2017 start them at zero). With branches of full size
@@ -88,8 +88,33 @@ class TrainingStep:
         with self._autocast():
             return nn.functional.cross_entropy(self.network(self.images), self.labels)
 
+    @torch.no_grad()
+    def composed_reasons(self) -> list[str]:
+        """Why blocks would run composed, one line each; empty if all fused blocks run fused.
+
+        In eval, so that no running statistics change; what decides is the same but for them.
+        """
+        reasons: list[str] = []
+
+        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            assert isinstance(module, FusedBottleneck)
+            reason = module.why_not_fused(inputs[0])
+            if reason is not None:
+                reasons.append(f"a block would run unfused: {reason}")
+
+        fused = [block for block in self.model.blocks if isinstance(block, FusedBottleneck)]
+        handles = [block.register_forward_pre_hook(note) for block in fused]
+        self.model.eval()
+        with self._autocast():
+            self.model(self.images)
+        self.model.train()
+        for handle in handles:
+            handle.remove()
+        return reasons
+
     def __call__(self) -> Tensor:
         """One update; the loss before it."""
+        torch.compiler.cudagraph_mark_step_begin()  # what the last step returned is done with
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.forward()
         loss.backward()

@@ -67,9 +67,8 @@ PEERS: Peers = {
 }
 
 
-def default_peers(device: torch.device) -> list[str]:
-    """All of them; on a CPU max-autotune, which takes minutes a block, only when asked for."""
-    return [name for name in PEERS if device.type == "cuda" or name != "compile max-autotune"]
+# All but max-autotune, which tries for minutes a block: only when asked for.
+DEFAULT_PEERS = [name for name in PEERS if name != "compile max-autotune"]
 
 
 def build_peers(

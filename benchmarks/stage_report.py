@@ -10,8 +10,19 @@ from benchmarks.roofline import Peaks, floor_seconds
 from benchmarks.tables import markdown, milliseconds, origin, rate
 from benchmarks.traffic import Cost
 
-FORWARD_COLOURS = ("#93c5fd", "#3b82f6", "#1d4ed8", "#1e3a8a")
-BACKWARD_COLOURS = ("#fcd34d", "#f59e0b", "#ef4444", "#b91c1c", "#a78bfa", "#6d28d9")
+COLOURS = {
+    "F1": "#93c5fd",
+    "F2": "#3b82f6",
+    "F3": "#1d4ed8",
+    "F4": "#1e3a8a",
+    "F3+F4": "#0f766e",
+    "B1": "#fcd34d",
+    "B2": "#f59e0b",
+    "B3": "#ef4444",
+    "B4": "#b91c1c",
+    "B5": "#a78bfa",
+    "B6": "#6d28d9",
+}
 
 
 def _stages(run: Run) -> list[dict[str, Any]]:
@@ -66,9 +77,10 @@ def plot(run: Run, path: Path) -> None:
     grid = np.geomspace(min(intensities) / 2, max(intensities) * 2, 200)
     roof = np.minimum(grid * peaks.copy_bandwidth, peaks.operation_rate)
     axes.loglog(grid, roof / 1e12, color="black", linewidth=1, label="measured peaks")
-    names = list(dict.fromkeys(r["stage"] for r in stages))
-    for name, colour in zip(names, FORWARD_COLOURS + BACKWARD_COLOURS, strict=True):
+    for name, colour in COLOURS.items():
         mine = [r for r in stages if r["stage"] == name]
+        if not mine:
+            continue
         x = [r["operations"] / r["moved"] for r in mine]
         y = [r["operations"] / r["median"] / 1e12 for r in mine]
         axes.scatter(x, y, s=28, color=colour, label=name, zorder=3)

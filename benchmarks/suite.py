@@ -110,6 +110,14 @@ def parts(device: str, output: Path, quick: bool) -> list[Part]:
         Part("tuning", _module("tune", "--batch", "256", *bf16), 90),
         bench("block", "bench_block", 180, *block, "--rounds", "10"),
         bench("network-all", "bench_resnet50", 180, *bf16, "--batch", "128", "256", "512"),
+        bench(
+            "block-max-autotune", "bench_block", 120, *block, "--rounds", "10", "--peers",
+            "compile max-autotune", "--shapes", "256-64@56", "512-128@28", "64-64@56-ds",
+        ),
+        bench(
+            "network-max-autotune", "bench_resnet50", 240, *bf16, "--batch", "256", "--variants",
+            "reference channels_last", "compile max-autotune",
+        ),
         bench("scaling", "bench_scaling", 60, *bf16),
         bench("block-resnet152", "bench_block", 60, *block, "--network", "resnet152", "--peers"),
         bench("block-wide", "bench_block", 60, *block, "--network", "wide_resnet50_2", "--peers"),

@@ -89,7 +89,21 @@ def test_stages_are_written_and_reported(
     assert bench_stages.main([*tiny_stages, "--output", str(tmp_path / "run.json")]) == 0
     run = records.read(tmp_path / "run.json")
     assert [r["stage"] for r in run["records"]] == [*fused_stages(TINY, 1, 4), "step"]
+    assert not bench_stages.takes_product(TINY, 2, "cpu")
     assert "B6" in capsys.readouterr().out
+
+
+def test_the_product_way_joins_the_tail() -> None:
+    shape = SHAPES["2048-512@7"]
+    assert bench_stages.takes_product(shape, 16, "cpu")
+    assert not bench_stages.takes_product(shape, 16, "cuda")
+    assert not bench_stages.takes_product(SHAPES["256-64@56"], 16, "cpu")
+    costs = fused_stages(shape, 16, 4)
+    samples = {name: [1.0, 2.0] for name in costs}
+    joined, seconds = bench_stages.join_tail(costs, samples)
+    assert list(joined) == ["F1", "F2", "F3+F4", "B1", "B2", "B3", "B4", "B5", "B6"]
+    assert sum(cost.moved for cost in joined.values()) == sum(c.moved for c in costs.values())
+    assert seconds["F3+F4"] == [2.0, 4.0]
 
 
 @pytest.mark.usefixtures("wrong_gradients")
@@ -131,6 +145,14 @@ def test_a_network_trains_alike_in_plain_and_in_fused_blocks(
     fused, plain = rows["fused channels_last"], rows["reference channels_last"]
     assert fused["saved_bytes"] < plain["saved_bytes"]
     assert fused["images_per_second"] == pytest.approx(2 / fused["median"])
+
+
+def test_a_network_whose_blocks_run_unfused_is_refused(
+    tiny_network: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FUSED_BOTTLENECK_DISABLE", "1")
+    assert bench_resnet50.main(tiny_network) == 1
+    assert "would run unfused" in capsys.readouterr().err
 
 
 def test_losses_that_part_are_found() -> None:
