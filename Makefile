@@ -65,7 +65,7 @@ sanitize: build ## run every kernel under compute-sanitizer (needs a GPU and the
 kernel-report: venv ## what the compiler makes of the kernels, and their floors; needs no GPU
 	$(python) -m benchmarks.kernel_report
 
-bench: build ## measure on the CPU; write benchmarks/results/ (about 40 minutes; QUICK=--quick: does it run?)
+bench: build ## measure on the CPU; write benchmarks/results/ (about half an hour; QUICK=--quick: does it run?)
 	$(python) -m benchmarks.bench_block $(QUICK)
 	$(python) -m benchmarks.bench_stages $(QUICK)
 	$(python) -m benchmarks.bench_resnet50 $(QUICK)

@@ -109,7 +109,7 @@ def parts(device: str, output: Path, quick: bool) -> list[Part]:
         bench("network", "bench_resnet50", 120, *bf16, "--batch", "256", "--variants", *eager),
         Part("tuning", _module("tune", "--batch", "256", *bf16), 90),
         bench("block", "bench_block", 180, *block, "--rounds", "10"),
-        bench("network-all", "bench_resnet50", 180, *bf16, "--batch", "128", "256", "512"),
+        bench("network-all", "bench_resnet50", 180, *bf16, "--batch", "256", "128", "512"),
         bench(
             "block-max-autotune", "bench_block", 120, *block, "--rounds", "10", "--peers",
             "compile max-autotune", "--shapes", "256-64@56", "512-128@28", "64-64@56-ds",
