@@ -74,9 +74,10 @@ def text(run: Run) -> str:
             )
     header = ["trained on", *VARIANTS, "difference", "standard error", "equal within the spread"]
     settings = run["settings"]
+    epochs = ", ".join(f"{count} of {name}" for name, count in settings["epochs"].items())
     caption = (
         f"The small ResNet of examples/, width {settings['width']}, batch "
-        f"{settings['batch_size']}, {settings['seeds']} seeds; {origin(run)}. Mean ± standard "
+        f"{settings['batch_size']}, epochs: {epochs}, {settings['seeds']} seeds; {origin(run)}. Mean ± standard "
         f"deviation over the seeds. Equal: the means differ by at most {STANDARD_ERRORS} standard "
         "errors, which chance alone exceeds once in 100."
     )

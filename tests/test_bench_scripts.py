@@ -221,6 +221,7 @@ def convergence_run() -> records.Run:
             "dtype": "float32",
             "threads": 1,
             "seeds": 3,
+            "epochs": {"digits": 1},
             "width": 4,
             "batch_size": 8,
         },
