@@ -77,9 +77,9 @@ def text(run: Run) -> str:
     epochs = ", ".join(f"{count} of {name}" for name, count in settings["epochs"].items())
     caption = (
         f"The small ResNet of examples/, width {settings['width']}, batch "
-        f"{settings['batch_size']}, epochs: {epochs}, {settings['seeds']} seeds; {origin(run)}. Mean ± standard "
-        f"deviation over the seeds. Equal: the means differ by at most {STANDARD_ERRORS} standard "
-        "errors, which chance alone exceeds once in 100."
+        f"{settings['batch_size']}, epochs: {epochs}, {settings['seeds']} seeds; "
+        f"{origin(run)}. Mean ± standard deviation over the seeds. Equal: the means "
+        f"differ by at most {STANDARD_ERRORS} standard errors, which chance alone exceeds once in 100."
     )
     return f"{caption}\n\n{markdown(header, rows)}"
 

@@ -102,7 +102,12 @@ def read_all(directory: Path = RESULTS) -> dict[str, Run]:
 def rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
     """Every record of the runs as a flat row that says where and how it was measured."""
     return [
-        {"benchmark": run["benchmark"], **run["environment"], **run["settings"], **_flat(record)}
+        {
+            "benchmark": run["benchmark"],
+            **run["environment"],
+            **_flat(run["settings"]),
+            **_flat(record),
+        }
         for run in runs
         for record in run["records"]
     ]
