@@ -79,7 +79,7 @@ def text(run: Run) -> str:
         f"The small ResNet of examples/, width {settings['width']}, batch "
         f"{settings['batch_size']}, epochs: {epochs}, {settings['seeds']} seeds; "
         f"{origin(run)}. Mean ± standard deviation over the seeds. Equal: the means "
-        f"differ by at most {STANDARD_ERRORS} standard errors, which chance alone exceeds once in 100."
+        f"differ by at most {STANDARD_ERRORS} standard errors, which chance exceeds once in 100."
     )
     return f"{caption}\n\n{markdown(header, rows)}"
 
