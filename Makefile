@@ -5,6 +5,8 @@ python := $(VENV)/bin/python
 interpreter := $(if $(wildcard $(python)),$(python),$(PYTHON))
 pip := $(python) -m pip --disable-pip-version-check
 tools := $(VENV)/.tools
+# A process per core, each with one thread (tests/conftest.py).
+parallel := -n auto --maxprocesses 8 --dist worksteal
 # One stamp per environment, kept in this checkout: another VENV gets its own installation.
 built := build/.installed$(subst /,-,$(abspath $(VENV)))
 sources := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
@@ -48,10 +50,10 @@ demo: build ## train a small ResNet on real images, plain and fused (at most 3 m
 	$(python) examples/train.py
 
 test: build ## run every test (at most 10 minutes)
-	$(python) -m pytest
+	$(python) -m pytest $(parallel)
 
 test-fast: build ## run the tests that are not slow (about 90 seconds)
-	$(python) -m pytest -m "not slow"
+	$(python) -m pytest $(parallel) -m "not slow"
 
 test-gpu: build ## run the tests that need a CUDA device
 	$(python) -m pytest -m gpu tests/test_cuda.py
@@ -75,15 +77,17 @@ bench: build ## measure on the CPU; write benchmarks/results/ (about half an hou
 bench-gpu: ## build, test, tune and measure on a GPU, with $(interpreter) as it is, in 9 minutes
 	$(interpreter) -m benchmarks.suite --device cuda $(SUITE)
 
-report: venv ## write the measured tables of README.md and the plots from benchmarks/results/
+report: venv ## write the measured tables of README.md, the plots and docs/compatibility.md
 	$(python) -m benchmarks.report
+	$(python) -m benchmarks.compatibility
 
-lint: venv ## check style, formatting, types, and that README.md holds the measured tables
+lint: venv ## check style, formatting, types, and that the written tables are current
 	$(python) -m ruff check
 	$(python) -m ruff format --check
 	$(VENV)/bin/clang-format --dry-run -Werror $(sources)
 	$(python) -m mypy
 	$(python) -m benchmarks.report --check
+	$(python) -m benchmarks.compatibility --check
 
 format: venv ## format the Python and C++ sources
 	$(python) -m ruff check --fix

@@ -57,7 +57,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
       "product_add_(Tensor a, Tensor weight, Tensor addend, Tensor? shift, Tensor(a!) out, "
       "Tensor(b!) workspace) -> ()");
 
-  // The same, with the moments of out as channel_moments has them.
+  // out = a weight, and the moments of out as channel_moments has them.
   m.def(
       "product_moments_(Tensor a, Tensor weight, Tensor(a!) out, Tensor(b!) workspace) -> "
       "(Tensor mean, Tensor m2)");
@@ -86,8 +86,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
   // a^T b [A, B] of a [P, A] and b [P, B].
   m.def("transposed_product(Tensor a, Tensor b, Tensor(a!) workspace) -> Tensor");
 
-  // d^T d [K, K], float64.
-  m.def("gram(Tensor d, Tensor(a!) workspace) -> Tensor");
+  // Column sums [K] and d^T d [K, K], in float64: the variance that comes of them may be small
+  // against its terms.
+  m.def("gram(Tensor d, Tensor(a!) workspace) -> (Tensor sum_d, Tensor s)");
 
   // --- 3x3 convolutions of padding 1 and stride 1 or 2 by Winograd's filtering, as the products.
   // --- Enough for the next two, with an output (transposed: gradient of the input) [N, H, W, C]

@@ -3,8 +3,10 @@
 from . import extension
 from .bottleneck import FusedBottleneck
 from .conv_bn_relu import FusedConvBNReLU
+from .convert import fuse, unfuse
 from .functional import BatchNorm, Conv, bottleneck, conv_bn_relu
 from .reference import Bottleneck, ConvBNReLU
+from .report import explain
 from .scratch import release as release_scratch
 from .tuning import BlockShape, tune
 
@@ -23,7 +25,10 @@ __all__ = [
     "FusedConvBNReLU",
     "bottleneck",
     "conv_bn_relu",
+    "explain",
     "extension_loaded",
+    "fuse",
     "release_scratch",
     "tune",
+    "unfuse",
 ]

@@ -6,6 +6,7 @@ raises it; the modules run composed and give its text as the reason.
 
 import os
 from collections.abc import Iterable, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,11 +23,10 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def pair(name: str, value: int | Pair) -> Pair:
-    """An int or a pair of ints as a pair; TypeError otherwise."""
-    if isinstance(value, int):
-        return value, value
-    if len(value) == 2 and all(isinstance(v, int) for v in value):
-        return value[0], value[1]
+    """An int or a pair of ints, numpy's included, as a pair; TypeError otherwise."""
+    both = (value, value) if hasattr(value, "__index__") else value
+    if len(both) == 2 and all(hasattr(v, "__index__") for v in both):
+        return index(both[0]), index(both[1])
     raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
 
 
@@ -45,6 +45,13 @@ def tensor(x: Any) -> Problem:
     if isinstance(x, Tensor):
         return None
     return TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+
+
+def module(model: Any) -> Problem:
+    """model is a module."""
+    if isinstance(model, nn.Module):
+        return None
+    return TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def _input(x: Tensor) -> Problem:
@@ -225,10 +232,17 @@ def _plain_tensor(t: Any) -> bool:
     return type(t) in (Tensor, nn.Parameter)
 
 
-def environment(x: Any) -> str | None:
-    """Why nothing can be fused here and now, whatever the module: None if it can."""
+def disabled() -> str | None:
+    """That the environment switches fusing off; None if it does not."""
     if os.environ.get(DISABLE_VARIABLE, "0") not in ("", "0"):
         return f"{DISABLE_VARIABLE} is set"
+    return None
+
+
+def environment(x: Any) -> str | None:
+    """Why nothing can be fused here and now, whatever the module: None if it can."""
+    if disabled() is not None:
+        return disabled()
     if torch.compiler.is_exporting():
         return "torch.export captures the composed graph"
     if not _plain_tensor(x):
@@ -264,12 +278,16 @@ def child(name: str, module: nn.Module, expected: type[nn.Module]) -> str | None
     return None
 
 
-def children(named: Iterable[tuple[str, nn.Module, type[nn.Module]]]) -> str | None:
-    """The first reason among the children, or that global module hooks are set."""
+def global_hooks() -> str | None:
+    """That hooks are set which every module's call must run; None if there are none."""
     if any(getattr(nn.modules.module, hooks) for hooks in _GLOBAL_HOOKS):
         return "global module hooks are set"
-    for name, module, expected in named:
-        reason = child(name, module, expected)
-        if reason is not None:
-            return reason
     return None
+
+
+def children(named: Iterable[tuple[str, nn.Module, type[nn.Module]]]) -> str | None:
+    """The first reason among the children, or that global module hooks are set."""
+    problem = global_hooks()
+    for name, module, expected in named:
+        problem = problem or child(name, module, expected)
+    return problem

@@ -33,8 +33,6 @@ from .stages import (
     Stages,
     conv2d,
     conv2d_backward,
-    covariance,
-    second_moment,
 )
 
 _passes = torch.ops.fused_bottleneck
@@ -171,14 +169,6 @@ class CpuStages(Stages):
             yield start, min(start + count, wide.shape[0])
 
     # Forward.
-
-    def gram(self, operand: Operand) -> tuple[Tensor, Tensor]:
-        d = self._operand(operand)
-        mean = _passes.channel_moments(matrix(d))[0]
-        return mean, covariance(self._second_moment(d), mean)
-
-    def _second_moment(self, d: Tensor) -> Tensor:
-        return second_moment(matrix(d).to(accumulation_dtype(d.dtype)))
 
     def conv(self, source: Tensor | Activation, weight: Tensor, geometry: Geometry) -> Tensor:
         operand = self._operand(source)

@@ -2,9 +2,9 @@
 
 * 1x1 convolutions (csrc/cpu/products.cpp): a block of pixels goes from its operand through the
   product to its epilogue inside a core's L2 cache.
-* 3x3 convolutions of stride 1 (csrc/cpu/winograd.cpp): Winograd's F(2x2, 3x3), with 2.25 times
-  fewer multiplications and a smaller error. It spreads what is not finite over a tile, so it serves
-  batch statistics only: they spread it over the whole channel anyway.
+* 3x3 convolutions of stride 1 and 2 (csrc/cpu/winograd.cpp): Winograd's F(2x2, 3x3) for stride 1,
+  with 2.25 times fewer multiplications and a smaller error. It spreads what is not finite over a
+  tile, so it serves batch statistics only: they spread it over the whole channel anyway.
 
 What these cannot take (channels that are no multiple of 16, other kernels) goes the way of
 ``CpuStages``.
@@ -82,7 +82,7 @@ class CpuProductStages(CpuStages):
             return super()._matrix_product(a, b)
         if a.is_contiguous():
             size = _passes.product_workspace(a.shape[0], a.shape[1], b.shape[1])
-            out = torch.empty(a.shape[0], b.shape[1])
+            out = a.new_empty(a.shape[0], b.shape[1])
             _passes.product_(a, b, out, self._lend(size))
             return out
         if a.t().is_contiguous():
@@ -148,10 +148,10 @@ class CpuProductStages(CpuStages):
         n, _, h, w = operand.shape
         return operand, result_empty((n, weight.shape[0], h, w), operand.dtype, True)
 
-    def _second_moment(self, d: Tensor) -> Tensor:
+    def _gram_sums(self, d: Tensor) -> tuple[Tensor, Tensor]:
         if not _fits(d.shape[1]):
-            return super()._second_moment(d)
-        return _passes.gram(matrix(d), self._workspace(d, d.shape[1])) / pixels(d)
+            return super()._gram_sums(d)
+        return _passes.gram(matrix(d), self._workspace(d, d.shape[1]))
 
     def _tail_images(
         self,
@@ -186,7 +186,7 @@ class CpuProductStages(CpuStages):
     ) -> tuple[Tensor, list[Tensor]]:
         if not all(_fits(*a.shape) for a in weights):
             return super().tail_wgrad(grad, operands, weights)
-        sum_g, products = torch.empty(0), []
+        sum_g, products = grad.grad_out.new_empty(0), []
         for operand, a in zip(operands, weights, strict=True):
             d = self._operand(operand)
             kept = self._products[operand_key(operand)] = self._scratch(d)

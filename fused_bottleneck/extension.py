@@ -112,8 +112,9 @@ def _fake_transposed_product(a: Tensor, b: Tensor, workspace: Tensor) -> Tensor:
     return a.new_empty(a.shape[1], b.shape[1])
 
 
-def _fake_gram(d: Tensor, workspace: Tensor) -> Tensor:
-    return d.new_empty(d.shape[1], d.shape[1], dtype=torch.float64)
+def _fake_gram(d: Tensor, workspace: Tensor) -> tuple[Tensor, Tensor]:
+    k = d.shape[1]
+    return d.new_empty(k, dtype=torch.float64), d.new_empty(k, k, dtype=torch.float64)
 
 
 def _fake_masked_products(

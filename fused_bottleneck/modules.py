@@ -21,15 +21,43 @@ def conv_arguments(conv: nn.Conv2d) -> Conv:
     )
 
 
-def conv_bn_of(module: nn.Module | None) -> tuple[nn.Conv2d, nn.BatchNorm2d] | None:
+# Fixed affine normalisations, and modules that are a convolution and a normalisation and no more.
+# By name: a library that the user has not imported must not be imported here.
+_FROZEN_NORMS = ("torchvision.ops.misc.FrozenBatchNorm2d",)
+_CONV_BN = {
+    "transformers.models.resnet.modeling_resnet.ResNetShortCut": ("convolution", "normalization"),
+    "transformers.models.regnet.modeling_regnet.RegNetShortCut": ("convolution", "normalization"),
+}
+
+
+def class_path(kind: type) -> str:
+    """The module and name of a class, as it would be imported."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def norm_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a normalisation must have exactly: its own if that is a fixed affine."""
+    return type(module) if class_path(type(module)) in _FROZEN_NORMS else nn.BatchNorm2d
+
+
+def _conv_bn_children(module: nn.Module) -> list[nn.Module]:
+    """The children that such a module calls in turn; none for a class that is not known."""
+    if type(module) is nn.Sequential:
+        # An empty place in a ResNet-D shortcut, where its stride is one.
+        return [m for m in module if checks.child("", m, nn.Identity) is not None]
+    names = _CONV_BN.get(class_path(type(module)), ())
+    return [getattr(module, name) for name in names]
+
+
+def conv_bn_of(module: nn.Module) -> tuple[nn.Conv2d, nn.Module] | None:
     """The two children of a downsample that is exactly conv1x1 + BN; None for any other module."""
-    if type(module) is not nn.Sequential or len(module) != 2:
+    children = _conv_bn_children(module)
+    if len(children) != 2 or checks.child("downsample", module, type(module)) is not None:
         return None
-    conv, bn = module[0], module[1]
-    own = checks.child("downsample", module, nn.Sequential)
-    if own or checks.child("conv", conv, nn.Conv2d) or checks.child("bn", bn, nn.BatchNorm2d):
+    conv, bn = children
+    if checks.child("conv", conv, nn.Conv2d) or checks.child("bn", bn, norm_class(bn)):
         return None
-    conv, bn = cast("nn.Conv2d", conv), cast("nn.BatchNorm2d", bn)
+    conv = cast("nn.Conv2d", conv)
     pointwise = (conv.kernel_size, conv.padding, conv.groups) == ((1, 1), (0, 0), 1)
     return (conv, bn) if pointwise else None
 
@@ -43,8 +71,15 @@ def _momentum(bn: nn.BatchNorm2d) -> float | Tensor:
     return 1.0 / (bn.num_batches_tracked + 1).double()
 
 
-def batch_norm_arguments(bn: nn.BatchNorm2d) -> BatchNorm:
-    """The arguments of ``F.batch_norm`` that this child stands for now (nn's rules)."""
+def batch_norm_arguments(bn: nn.Module) -> BatchNorm:
+    """The arguments of ``F.batch_norm`` that this child stands for now (nn's rules).
+
+    bn: an nn.BatchNorm2d, or a fixed affine with the same four tensors.
+    """
+    if not isinstance(bn, nn.BatchNorm2d):
+        fixed = cast("nn.BatchNorm2d", bn)  # in what matters here
+        running = (fixed.running_mean, fixed.running_var)
+        return BatchNorm(fixed.weight, fixed.bias, *running, False, 0.0, fixed.eps)
     batch = bn.training or (bn.running_mean is None and bn.running_var is None)
     keep = not batch or (bn.training and bn.track_running_stats)
     running = (bn.running_mean, bn.running_var) if keep else (None, None)

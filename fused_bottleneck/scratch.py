@@ -12,8 +12,10 @@ Both are bounded in size.
 """
 
 import math
+import os
 import threading
 from collections.abc import Sequence
+from functools import cache
 from types import TracebackType
 from typing import NamedTuple
 
@@ -23,19 +25,17 @@ from torch import Tensor
 LIMIT_BYTES = 512 * 2**20
 _GRANULE = 2 * 2**20  # a huge page
 
-_lock = threading.Lock()
+# Re-entrant: the garbage collector or a signal handler may run a model, or release, within it.
+_lock = threading.RLock()
 _free: list[Tensor] = []
 
 
 class _Result(NamedTuple):
-    """Memory that was handed out and may be in use: a flat tensor that keeps it alive, and the
-    address by which torch counts its holders. Never a storage object, which users would share."""
+    """Memory that was handed out and may be in use: its bytes, which keep it alive, and the address
+    by which torch counts its holders. Never a storage object, which users would share."""
 
     holder: Tensor
     address: int
-
-    def size(self) -> int:
-        return self.holder.numel() * self.holder.element_size()
 
 
 _results: list[_Result] = []
@@ -44,8 +44,21 @@ _results: list[_Result] = []
 def release() -> None:
     """Give all memory that is kept for reuse and not in use back to the allocator."""
     with _lock:
+        kept = [*_free, *_results]
         _free.clear()
         _results.clear()
+    del kept  # not under the lock: what ends with it is not ours to know
+
+
+def _start_anew() -> None:
+    """In a forked child: the lock may be held by a thread that is not there."""
+    global _lock
+    _lock = threading.RLock()
+    _free.clear()
+    _results.clear()
+
+
+os.register_at_fork(after_in_child=_start_anew)
 
 
 def pooled_bytes() -> int:
@@ -57,19 +70,20 @@ def pooled_bytes() -> int:
 def _acquire(size: int) -> Tensor:
     """The smallest free buffer of at least size bytes, or a new one."""
     with _lock:
-        fitting = [i for i, buffer in enumerate(_free) if buffer.numel() >= size]
-        if fitting:
-            return _free.pop(min(fitting, key=lambda i: _free[i].numel()))
+        for i, buffer in enumerate(_free):  # in order of size
+            if buffer.numel() >= size:
+                return _free.pop(i)
     return large_empty((-(-size // _GRANULE) * _GRANULE,), torch.uint8)
 
 
 def _give_back(buffers: list[Tensor]) -> None:
-    """Put buffers into the pool; the smallest go first where that exceeds its limit."""
+    """Put buffers into the pool, but those that are larger than it; the smallest go first where
+    that exceeds its limit."""
     with _lock:
-        _free.extend(buffers)
+        _free.extend(buffer for buffer in buffers if buffer.numel() <= LIMIT_BYTES)
         _free.sort(key=Tensor.numel)
         while sum(buffer.numel() for buffer in _free) > LIMIT_BYTES:
-            _free.pop(0)
+            del _free[:1]
 
 
 def large_empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
@@ -82,8 +96,6 @@ def large_empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool = 
 
 # Below this the allocator's own reuse is good enough.
 _MIN_RESULT_BYTES = 2**20
-# How much larger than needed a reused storage may be.
-_RESULT_SLACK = 1.25
 # Torch's own way to know that nobody holds a storage. A Python object of it counts, once made, as
 # long as the storage lives: then it is never reused, which is safe.
 _use_count = getattr(torch._C, "_storage_Use_Count", None)
@@ -91,13 +103,39 @@ _address = getattr(torch._C, "_storage_address", None)
 _lay_over = torch.ops.aten.set_.source_Tensor_storage_offset
 
 
+def _result(tensor: Tensor) -> _Result:
+    """The memory of a tensor that fills its storage."""
+    assert _address is not None
+    with torch.inference_mode(False):
+        size = (tensor.numel(),)
+        flat = tensor.as_strided(size, (1,)).view(torch.uint8)
+        holder = _lay_over(torch.empty(0, dtype=torch.uint8), flat, 0, flat.shape, (1,))
+        return _Result(holder, _address(tensor))
+
+
+@cache
+def _counts_holders() -> bool:
+    """Whether this torch tells who holds a storage, by the rules that reuse rests on."""
+    if _use_count is None or _address is None:
+        return False
+    tensor = torch.empty(1)
+    result = _result(tensor)
+    held = _use_count(result.address) == 2
+    del tensor
+    free = _use_count(result.address) == 1
+    _lay_over(torch.empty(0, dtype=torch.uint8), result.holder, 0, (1,), (1,)).untyped_storage()
+    return held and free and _use_count(result.address) > 1
+
+
 def _reuse(tensor: Tensor, size: int, shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Lay the empty tensor over unused memory of about that size; False if there is none."""
+    """Lay the empty tensor over unused memory of that size; False if there is none.
+
+    Of just that size: what saves or copies a storage must find nothing of another tensor in it.
+    """
     assert _use_count is not None
     with _lock:
         for result in _results:
-            fits = size <= result.size() <= _RESULT_SLACK * size
-            if fits and _use_count(result.address) == 1:
+            if result.holder.numel() == size and _use_count(result.address) == 1:
                 _lay_over(tensor, result.holder.view(tensor.dtype), 0, shape, strides)
                 return True
     return False
@@ -105,23 +143,20 @@ def _reuse(tensor: Tensor, size: int, shape: Sequence[int], strides: Sequence[in
 
 def _remember(tensor: Tensor) -> None:
     """Keep a result's memory for reuse; the oldest go where the limit asks for it."""
-    assert _address is not None
-    with torch.inference_mode(False):
-        size = (tensor.numel(),)
-        flat = tensor.as_strided(size, (1,))
-        holder = _lay_over(torch.empty(0, dtype=tensor.dtype), flat, 0, size, (1,))
-        result = _Result(holder, _address(tensor))
+    result = _result(tensor)
+    if result.holder.numel() > LIMIT_BYTES:
+        return
     with _lock:
         _results.append(result)
-        while sum(kept.size() for kept in _results) > LIMIT_BYTES:
-            _results.pop(0)
+        while sum(kept.holder.numel() for kept in _results) > LIMIT_BYTES:
+            del _results[:1]
 
 
 def result_empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
     """An uninitialised CPU tensor for the user, in reused memory where there is some."""
     like = torch.empty(0, dtype=dtype)
     size = math.prod(shape) * dtype.itemsize
-    if size < _MIN_RESULT_BYTES or _use_count is None or _address is None:
+    if size < _MIN_RESULT_BYTES or not _counts_holders():
         return large_empty(shape, dtype, channels_last)
     _, c, h, w = shape
     strides = (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)

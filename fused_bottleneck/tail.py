@@ -95,7 +95,8 @@ def _folded_forward(unit: Unit, stages: Stages, operand: Operand) -> TailForward
         folded, moments, invstd, offset = stages.fold(
             unit.weight, unit.gamma, unit.beta, unit.eps, centre, mean_d, cov
         )
-        state = TailState(centre, invstd, offset, mean_d, cov)
+        # Backward takes no difference of theirs: the accumulation dtype is enough for it.
+        state = TailState(centre, invstd, offset, mean_d.to(invstd.dtype), cov.to(invstd.dtype))
     else:
         moments = unit.fixed_moments()
         folded, state = _fold_fixed(unit, centre, moments)

@@ -48,8 +48,9 @@ def compare_by_criterion(
     case: Case,
     dtype: torch.dtype,
     prepare: Callable[[Bottleneck], None],
+    change: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> None:
-    """Error against float64 not above eager's, over several seeds."""
+    """Error against float64 not above eager's, over several seeds; change: of the input."""
     fused_errors, eager_errors = [], []
     for seed in CRITERION_SEEDS[dtype]:
         pair = case.pair(seed)
@@ -59,7 +60,7 @@ def compare_by_criterion(
         for block in pair:
             for norm in norms_of(block).values():
                 norm.float()
-        x = channels_last(case.input(seed + 30).to(dtype))
+        x = channels_last(change(case.input(seed + 30)).to(dtype))
         assert pair[1].why_not_fused(x) is None
         want = run(in_dtype(pair[0], torch.float64), x.double())
         for block, rows in zip(pair, (eager_errors, fused_errors), strict=True):
@@ -218,6 +219,37 @@ def test_far_beta_is_better_than_eager() -> None:
     eager, ours = (errors(run(block, x), want)["out"] for block in pair)
     assert ours < 0.02
     assert eager > 5 * ours
+
+
+# Channels that go together: the variances of the tail's outputs are small against the covariance
+# that they come of.
+
+
+def correlated(block: Bottleneck) -> None:
+    """conv3 and the downsample see what is left of nearly equal channels without their mean."""
+    without_flips(block)
+    with torch.no_grad():
+        filters = block.conv2.weight
+        filters.copy_(filters[:1] + 1e-2 * filters)
+        for conv in [block.conv3, *list(block.identity_downsample or [])[:1]]:
+            conv.weight.mul_(30)  # far above eps
+            conv.weight.sub_(conv.weight.mean(1, keepdim=True))
+
+
+@over_cases
+def test_correlated_channels(case: str) -> None:
+    compare_by_criterion(WIDE[case], torch.float32, correlated, lambda x: x[:, :1] + 1e-2 * x)
+
+
+def test_input_whose_corner_is_another_world() -> None:
+    """As behind a letterboxed first image: no few pixels may stand for the mean of all."""
+
+    def letterboxed(x: Tensor) -> Tensor:
+        x = 1000 + 0.1 * x
+        x[0, :, :8, :8] = 0
+        return x
+
+    compare_by_criterion(WIDE["conv, stride 2"], torch.float32, without_flips, letterboxed)
 
 
 # Degenerate channels.

@@ -84,6 +84,7 @@ def check(calls: list[Call], names: list[str]) -> None:
         opcheck(func, args, kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_opcheck_bottleneck(block: str, layout: torch.memory_format) -> None:

@@ -6,6 +6,8 @@ that a product reads or writes lies between NaN, and so do its outputs and works
 """
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,7 +50,7 @@ RETURNS = {
     "product_bn_backward_reduce_": ["sum_g", "sum_g_xhat"],
     "masked_products_": ["sum_g", "s"],
     "transposed_product": ["s"],
-    "gram": ["s"],
+    "gram": ["sum_d", "s"],
 }
 # Which of rows P, depth K and channels C an argument has; the second product's depth is C.
 SIZES = {"a": "PK", "weight": "KC", "weight2": "CC"} | dict.fromkeys(
@@ -158,8 +160,9 @@ def formula(case: str, args: Arguments, dtype: torch.dtype) -> Outputs:
         return a["grad_out"].where(unpack(a["mask"], a["grad_out"].shape[1]), 0)
 
     if op in ("transposed_product", "gram"):
-        first, second = (a["a"], a["b"]) if "b" in a else (a["d"], a["d"])
-        return {"s": transposed(first, second)}
+        if "b" in a:
+            return {"s": transposed(a["a"], a["b"])}
+        return {"sum_d": a["d"].sum(0), "s": transposed(a["d"], a["d"])}
     if op == "masked_products_":
         g = masked()
         return {"out": product(g, a["weight"]), "sum_g": g.sum(0), "s": transposed(g, a["d"])}
@@ -209,6 +212,13 @@ def test_result_dtypes() -> None:
         for name, t in call(case, arguments(case, (7, 16, 32))).items():
             wide = torch.float64 if case == "gram" else torch.float32
             assert t.dtype == (torch.uint8 if name == "mask" else wide), (case, name)
+
+
+def test_gram_is_summed_in_double() -> None:
+    for shape in [(1, 16, 16), (100, 528, 16), (997, 80, 16), (5000, 144, 16)]:
+        args = arguments("gram", shape)
+        expected = formula("gram", args, torch.float64)["s"]
+        assert relative_error(call("gram", args)["s"], expected) < 1e-14
 
 
 @pytest.mark.parametrize("offset", [1e3, -1e4])
@@ -318,6 +328,36 @@ def assert_close(actual: Outputs, expected: Outputs) -> None:
             assert (actual[name] != t).float().mean() < 1e-3, name
         else:
             assert relative_error(actual[name], t) <= SAME_FORMULA[torch.float32], name
+
+
+READS_TO_THE_END = """
+import ctypes, mmap, torch
+from fused_bottleneck import extension
+
+assert extension.load()
+ops, libc, page = torch.ops.fused_bottleneck, ctypes.CDLL(None), mmap.PAGESIZE
+
+def guarded(rows, channels):
+    size = rows * channels * 4
+    memory = mmap.mmap(-1, (size // page + 2) * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    end = address + (size // page + 1) * page
+    assert libc.mprotect(ctypes.c_void_p(end), page, 0) == 0
+    return torch.frombuffer(memory, dtype=torch.float32, count=rows * channels,
+                            offset=end - size - address).view(rows, channels).normal_()
+
+a, b = guarded(392, 1024), guarded(392, 1024)
+for threads in range(1, 10):
+    torch.set_num_threads(threads)
+    workspace = torch.empty(ops.product_workspace(392, 1024, 1024), dtype=torch.uint8)
+    s = ops.transposed_product(a, b, workspace)
+    torch.testing.assert_close(s, a.t() @ b, rtol=0, atol=1e-3)
+"""
+
+
+def test_nothing_is_read_behind_the_last_row() -> None:
+    """However many threads share the channels: the page after the operands must not be touched."""
+    subprocess.run([sys.executable, "-c", READS_TO_THE_END], check=True)
 
 
 @over_cases

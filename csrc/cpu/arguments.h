@@ -137,13 +137,20 @@ inline Tensor to_vector(const Arguments& args, const double* values) {
   return vector;
 }
 
-// The sum over parts, in order; `partial(part)` are [channels] sums, the first is overwritten.
+// The sum over parts, in order; `partial(part)` are [channels] sums, the first is overwritten and
+// returned.
 template <class Partial>
-Tensor sum_parts(const Arguments& args, int64_t count, const Partial& partial) {
+const double* add_parts(int64_t channels, int64_t count, const Partial& partial) {
   double* total = partial(0);
   for (int64_t part = 1; part < count; ++part)
-    std::transform(total, total + args.channels, partial(part), total, std::plus<>());
-  return to_vector(args, total);
+    std::transform(total, total + channels, partial(part), total, std::plus<>());
+  return total;
+}
+
+// The same as a new vector.
+template <class Partial>
+Tensor sum_parts(const Arguments& args, int64_t count, const Partial& partial) {
+  return to_vector(args, add_parts(args.channels, count, partial));
 }
 
 }  // namespace fused_bottleneck::cpu

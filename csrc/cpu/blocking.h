@@ -101,11 +101,12 @@ void parallel_blocks(const Blocks& blocks, const Body& body) {
   parallel_blocks(blocks, 1, body);
 }
 
-// Left channels [begin, end) of one part: whole panels.
+// Left channels [begin, end) of one part: whole panels, and whole vectors of any instruction set,
+// which packing reads. None where there are more parts than that.
 struct ChannelRange {
   ChannelRange(int64_t channels, int64_t parts, int64_t part)
-      : begin(channels / kLeft * part / parts * kLeft),
-        end(channels / kLeft * (part + 1) / parts * kLeft) {}
+      : begin(channels / kChannelMultiple * part / parts * kChannelMultiple),
+        end(channels / kChannelMultiple * (part + 1) / parts * kChannelMultiple) {}
 
   int64_t size() const { return end - begin; }
 

@@ -380,8 +380,8 @@ std::tuple<Tensor, Tensor> product_bn_backward_reduce_(
 
 // --- products over pixels ---
 
-// left^T right, left [rows, wide] and right [rows, narrow]: float32 within a block, double over the
-// blocks.
+// left^T right, left [rows, wide] and right [rows, narrow]: float32 within a block (double where
+// symmetric), double over the blocks.
 class PixelProduct {
  public:
   PixelProduct(int64_t rows, int64_t wide, int64_t narrow, const Split& split,
@@ -423,6 +423,7 @@ class PixelProduct {
          left_rows,
          right(block),
          right_rows,
+         symmetric_,  // in double: a gram's differences matter, see ops.cpp
          symmetric_,
          block.first,
          sums_ + block.share * sums_step() + range.begin * narrow_,
@@ -442,8 +443,12 @@ class PixelProduct {
     Tensor out = torch::stable::new_empty(like, {wide_, wide_}, ScalarType::Double);
     double* to = static_cast<double*>(out.mutable_data_ptr());
     unpack(nullptr, to, false);
-    for (int64_t i = 0; i < wide_; ++i)
-      for (int64_t j = 0; j < i; ++j) to[i * wide_ + j] = to[j * wide_ + i];
+    torch::stable::parallel_for(0, wide_ / kLeft, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * kLeft; i < end * kLeft; i += kLeft)
+        for (int64_t j = 0; j < i + kLeft; ++j)
+          for (int64_t k = std::max(i, j + 1); k < i + kLeft; ++k)
+            to[k * wide_ + j] = to[j * wide_ + k];
+    });
     return out;
   }
 
@@ -497,7 +502,7 @@ Tensor transposed_product(const Tensor& a, const Tensor& b, const Tensor& lent) 
   return product.total(a, swapped);
 }
 
-Tensor gram(const Tensor& d, const Tensor& lent) {
+std::tuple<Tensor, Tensor> gram(const Tensor& d, const Tensor& lent) {
   constexpr const char* op = "gram";
   check_matrix(op, "d", d);
   const float* source = product_matrix(op, "d", d, d.size(0));
@@ -506,16 +511,23 @@ Tensor gram(const Tensor& d, const Tensor& lent) {
   PixelProduct product(d.size(0), channels, channels, split, true);
   Workspace workspace(op, lent, workspace_bytes(d.size(0), channels, channels));
   product.take(workspace);
+  const int64_t threads = product.blocks.threads;
+  const Partials sums(threads, channels);
+  std::fill_n(sums.first(0), threads * channels, 0.0);
   const ProductKernels& kernels = kernels_in_use();
   parallel_blocks(product.blocks, [&](const Block& block) {
     const float* from = source + block.begin * channels;
     kernels.pack_left({from, block.rows, channels, channels, product.left_rows, nullptr,
-                       product.left(block), nullptr});
+                       product.left(block), sums.first(block.worker)});
     kernels.pack_right({from, block.rows, channels, channels, product.right_rows, nullptr,
                         product.right(block), nullptr});
     product.add(block, source, nullptr);
   });
-  return product.symmetric_total(d);
+  const auto thread_sums = [&](int64_t thread) { return sums.first(thread); };
+  Tensor sum_d = torch::stable::new_empty(d, {channels}, ScalarType::Double);
+  std::copy_n(add_parts(channels, threads, thread_sums), channels,
+              static_cast<double*>(sum_d.mutable_data_ptr()));
+  return {sum_d, product.symmetric_total(d)};
 }
 
 std::tuple<Tensor, Tensor> masked_products_(const Tensor& grad_out, const Tensor& mask,

@@ -60,14 +60,15 @@ struct Multiply {
   Ahead ahead[kAheads];
 };
 
-// sums (+)= left^T right over `rows` rows: float32 within the call, double across calls. The layout
-// of sums is the kernels' own, [left_channels * right_channels]; see unpack_sums.
+// sums (+)= left^T right over `rows` rows: float32 within the call, or double; double across calls.
+// The layout of sums is the kernels' own, [left_channels * right_channels]; see unpack_sums.
 struct Accumulate {
   int64_t rows, left_channels, right_channels;
   const float* left;
   int64_t left_stride;
   const float* right;
   int64_t right_stride;
+  bool in_double;
   bool upper;  // left and right are the same matrix: tiles below the diagonal are left out
   bool first;  // sums has no content yet
   double* sums;

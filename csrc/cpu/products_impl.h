@@ -12,6 +12,7 @@ namespace fused_bottleneck::cpu::FUSED_BOTTLENECK_ISA {
 using Float = FullLanes<float>;
 using FloatVector = Value<float, Float::count>;
 constexpr int kVector = Float::count;
+using DoubleVector = Value<double, kVector / 2>;
 constexpr int kWide = 2 * kVector;
 
 #if FUSED_BOTTLENECK_VECTOR_BYTES == 64
@@ -20,11 +21,17 @@ constexpr int kTileLeft = 8;   // left channels of accumulate
 FB_INLINE FloatVector multiply_add(float a, FloatVector b, FloatVector c) {
   return (FloatVector)_mm512_fmadd_ps(_mm512_set1_ps(a), (__m512)b, (__m512)c);
 }
+FB_INLINE DoubleVector multiply_add(double a, DoubleVector b, DoubleVector c) {
+  return (DoubleVector)_mm512_fmadd_pd(_mm512_set1_pd(a), (__m512d)b, (__m512d)c);
+}
 #else
 constexpr int kTileRows = 6;
 constexpr int kTileLeft = 4;
 FB_INLINE FloatVector multiply_add(float a, FloatVector b, FloatVector c) {
   return (FloatVector)_mm256_fmadd_ps(_mm256_set1_ps(a), (__m256)b, (__m256)c);
+}
+FB_INLINE DoubleVector multiply_add(double a, DoubleVector b, DoubleVector c) {
+  return (DoubleVector)_mm256_fmadd_pd(_mm256_set1_pd(a), (__m256d)b, (__m256d)c);
 }
 #endif
 static_assert(kRowMultiple % kTileRows == 0 && kLeft % kTileLeft == 0);
@@ -234,7 +241,8 @@ void multiply(const Multiply& p) {
 }
 
 // sums (+)= values of one tile.
-FB_INLINE void add_tile(const float* values, int count, bool first, double* sums) {
+template <class T>
+FB_INLINE void add_tile(const T* values, int count, bool first, double* sums) {
   if (first) {
     for (int i = 0; i < count; ++i) sums[i] = values[i];
   } else {
@@ -267,6 +275,43 @@ FB_INLINE void accumulate_tile(const Accumulate& p, int64_t l, int64_t c, Prefet
   add_tile(reinterpret_cast<const float*>(&total), count, p.first, sums);
 }
 
+// Doubles of a left panel's rows [begin, end), from channel l % kLeft on.
+FB_INLINE void widen_left(const float* left, int64_t rows, double* wide) {
+  for (int64_t row = 0; row < rows; ++row)
+    for (int i = 0; i < kTileLeft; ++i) wide[row * kTileLeft + i] = left[row * kLeft + i];
+}
+
+// The same tile in double, where a product of floats is exact: one vector of floats at a time.
+template <int Vectors>
+FB_INLINE void accumulate_tile_in_double(const Accumulate& p, int64_t l, int64_t c) {
+  constexpr int width = Vectors * kVector;
+  const float* left = p.left + l / kLeft * kLeft * p.left_stride + l % kLeft;
+  double wide[kChain * kTileLeft];
+  DoubleVector tile[kTileLeft][2 * Vectors];
+  for (int v = 0; v < Vectors; ++v) {
+    const float* right = p.right + c * p.right_stride + v * kVector;
+    DoubleVector part[kTileLeft][2] = {};
+    for (int64_t begin = 0; begin < p.rows; begin += kChain) {
+      const int64_t rows = min64(kChain, p.rows - begin);
+      widen_left(left + begin * kLeft, rows, wide);
+      for (int64_t row = 0; row < rows; ++row, right += width) {
+        DoubleVector b[2];
+        for (int h = 0; h < 2; ++h)
+          b[h] = __builtin_convertvector((read<Value<float, kVector / 2>>(right + h * kVector / 2)),
+                                         DoubleVector);
+#pragma GCC unroll 8
+        for (int i = 0; i < kTileLeft; ++i)
+          for (int h = 0; h < 2; ++h)
+            part[i][h] = multiply_add(wide[row * kTileLeft + i], b[h], part[i][h]);
+      }
+    }
+    for (int i = 0; i < kTileLeft; ++i)
+      for (int h = 0; h < 2; ++h) tile[i][2 * v + h] = part[i][h];
+  }
+  add_tile(reinterpret_cast<const double*>(&tile), kTileLeft * width, p.first,
+           p.sums + l * p.right_channels + c * kTileLeft);
+}
+
 // A group of right panels that stays in the L2 cache goes along all left ones.
 void accumulate(const Accumulate& p) {
   const int64_t fitting = kNarrowBytes / (p.rows * static_cast<int64_t>(sizeof(float)));
@@ -277,7 +322,12 @@ void accumulate(const Accumulate& p) {
     for (int64_t l = 0; l < p.left_channels; l += kTileLeft)
       for_each_panel(min64(group, p.right_channels - from), [&](auto vectors, int64_t c) {
         constexpr int width = vectors * kVector;
-        if (!p.upper || from + c + width > l) accumulate_tile<vectors>(p, l, from + c, ahead);
+        if (p.upper && from + c + width <= l) return;
+        if (p.in_double) {
+          accumulate_tile_in_double<vectors>(p, l, from + c);
+        } else {
+          accumulate_tile<vectors>(p, l, from + c, ahead);
+        }
       });
 }
 

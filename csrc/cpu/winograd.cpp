@@ -236,6 +236,7 @@ Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
                            right,
                            right_rows,
                            false,
+                           false,
                            block.first,
                            to + position * plan.sums,
                            {}});

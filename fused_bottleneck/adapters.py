@@ -1,0 +1,172 @@
+"""Which modules of a model are bottleneck blocks: known classes by name, others by proof."""
+
+from typing import NamedTuple
+
+from torch import Tensor, fx, jit, nn
+
+from . import checks, layout, tracing
+from .block import FusedBlock
+from .conv_bn_relu import FusedUnit
+from .fused_module import FusedModule
+from .layout import Container, Layout, UnitLayout
+from .modules import class_path
+
+_HF_LAYERS = tuple(
+    Container(
+        f"layer.{i}",
+        "transformers.models.resnet.modeling_resnet.ResNetConvLayer",
+        ("convolution", "normalization", "activation"),
+    )
+    for i in range(3)
+)
+
+# The classes of the libraries, by the names they have there: recognising a class imports nothing,
+# as whoever has an instance has imported its library. The tests prove each of these again by
+# its graph. Other libraries' blocks are found by that alone.
+KNOWN: dict[str, Layout] = {
+    "fused_bottleneck.reference.Bottleneck": Layout(shortcut="identity_downsample"),
+    "torchvision.models.resnet.Bottleneck": Layout(),
+    "timm.models.resnet.Bottleneck": Layout(
+        activations=("act1", "act2", "act3"), idle=("drop_block", "aa", "se", "drop_path")
+    ),
+    "transformers.models.resnet.modeling_resnet.ResNetBottleNeckLayer": Layout(
+        units=tuple((f"layer.{i}.convolution", f"layer.{i}.normalization") for i in range(3)),
+        activations=("layer.0.activation", "layer.1.activation", "activation"),
+        shortcut="shortcut",
+        idle=("layer.2.activation",),
+        containers=(
+            Container("layer", "torch.nn.modules.container.Sequential", ("0", "1", "2")),
+            *_HF_LAYERS,
+        ),
+    ),
+    "monai.networks.nets.resnet.ResNetBottleneck": Layout(activations=("act", "act", "act")),
+}
+
+# Modules that are, or start with, conv+BN+ReLU.
+STEMS: dict[str, UnitLayout] = {
+    "fused_bottleneck.reference.ConvBNReLU": UnitLayout("conv", "bn", "relu"),
+    "torchvision.models.resnet.ResNet": UnitLayout("conv1", "bn1", "relu", has_rest=True),
+    "timm.models.resnet.ResNet": UnitLayout("conv1", "bn1", "act1", has_rest=True),
+    "transformers.models.resnet.modeling_resnet.ResNetConvLayer": UnitLayout(
+        "convolution", "normalization", "activation"
+    ),
+    "torchvision.models.segmentation.deeplabv3.ASPPConv": UnitLayout(
+        "0", "1", "2", (Container("", "", ("0", "1", "2")),)
+    ),
+}
+
+# A shortcut with more convolutions than this is no block's.
+_MOST_CONVOLUTIONS = 8
+
+
+_OWN_FORWARD = "its forward was replaced on the instance"
+
+
+class Finding(NamedTuple):
+    """A bottleneck block, or what looks like one, in a model; or a stem.
+
+    name: its path; empty for the model itself. layout: None where it is declined, which reason
+    explains. What is fused already may have a reason too, why it runs composed for now.
+    """
+
+    name: str
+    module: nn.Module
+    layout: Layout | UnitLayout | None
+    reason: str | None
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is fused already."""
+        return isinstance(self.module, FusedModule)
+
+
+def survey(model: nn.Module) -> list[Finding]:
+    """The bottleneck blocks of a model, and what looks like one, each once, in its order."""
+    return _survey("", model, set())
+
+
+def survey_stems(model: nn.Module) -> list[Finding]:
+    """The conv+BN+ReLU units of a model's known classes that are not inside its blocks."""
+    blocks = {id(m) for f in survey(model) for m in f.module.modules()}
+    found = []
+    for name, module in model.named_modules():
+        kind = class_path(type(module))
+        if isinstance(module, FusedUnit):
+            reason = layout.unit_reason(module, module.plain_layout)
+            found.append(Finding(name, module, module.plain_layout, reason))
+        elif kind in STEMS and id(module) not in blocks:
+            where = STEMS[kind]
+            reason = layout.unit_reason(module, where)
+            if reason is None and "forward" in module.__dict__:
+                reason = _OWN_FORWARD
+            found.append(Finding(name, module, where if reason is None else None, reason))
+    return found
+
+
+def _survey(name: str, module: nn.Module, visited: set[int]) -> list[Finding]:
+    if id(module) in visited or isinstance(module, jit.ScriptModule):
+        return []
+    visited.add(id(module))
+    if isinstance(module, FusedBlock):
+        where = module.plain_layout
+        return [Finding(name, module, where, instance_reason(module, where))]
+    if class_path(type(module)) in KNOWN:
+        return [_finding(name, module, KNOWN[class_path(type(module))])]
+    found = []
+    for child_name, child in module.named_children():
+        path = f"{name}.{child_name}" if name else child_name
+        found += _survey(path, child, visited)
+    if any(f.layout is not None for f in found) or not _may_be_block(module):
+        return found
+    proved = tracing.prove(module)
+    if isinstance(proved, Layout):
+        return [_finding(name, module, proved)]
+    # Of a block and its branch, both named like blocks, the block is the one to report.
+    if _looks_like_block(module) and len(found) < 2:
+        return [Finding(name, module, None, proved)]
+    return found
+
+
+def _finding(name: str, module: nn.Module, where: Layout) -> Finding:
+    reason = instance_reason(module, where)
+    return Finding(name, module, where if reason is None else None, reason)
+
+
+def _may_be_block(module: nn.Module) -> bool:
+    """Whether a proof is worth trying."""
+    if type(module).__module__.startswith("torch.") or isinstance(module, fx.GraphModule):
+        return False
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in module.modules())
+    return 3 <= convolutions <= _MOST_CONVOLUTIONS
+
+
+def _looks_like_block(module: nn.Module) -> bool:
+    """Whether its user would take it for a bottleneck block, and wants to know why it is none."""
+    children = dict(module.named_children())
+    return "bottle" in type(module).__name__.lower() or {"conv1", "conv2", "conv3"} <= set(children)
+
+
+def instance_reason(block: nn.Module, where: Layout) -> str | None:
+    """Why this block of a class that can be fused can not be; None if it can."""
+    if "forward" in block.__dict__:
+        return _OWN_FORWARD
+    for name, module in block.named_modules():
+        if type(module).__module__.startswith("torch.ao."):
+            return f"{name} is a {type(module).__name__}, of torch's quantization tools"
+    reason = layout.reason(block, where)
+    if reason is not None:
+        return reason
+    parts = layout.read(block, where)
+    if len({id(norm) for _, norm in parts.pairs}) < len(parts.pairs):
+        return "two of its normalisations are one module"
+    units = parts.units()
+    x = _probe(parts.pairs[0][0].weight)
+    problem = checks.bottleneck(x, units)
+    if problem is None and parts.called is None:
+        problem = checks.residual(x, units, None)
+    return None if problem is None else str(problem)
+
+
+def _probe(weight: Tensor) -> Tensor:
+    """An input of that first convolution, with strides of zero: it has no memory to speak of."""
+    return weight.detach().new_zeros(()).expand(2, weight.shape[1], 32, 32)

@@ -1,0 +1,204 @@
+"""Where a class of bottleneck blocks keeps its parts, and reading them at call time."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checks
+from .functional import Unit
+from .modules import (
+    batch_norm_arguments,
+    class_path,
+    conv_arguments,
+    conv_bn_of,
+    norm_class,
+)
+
+
+@dataclass(frozen=True)
+class Container:
+    """A module that calls its children in the order of the formula, and does nothing else.
+
+    path: empty for the block itself. kind: its class (``modules.class_path``).
+    """
+
+    path: str
+    kind: str
+    children: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a class spells ``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))``.
+
+    Everything is an attribute path from the block, like ``layer.0.convolution``.
+
+    Attributes:
+        units: the three convolutions, each with its normalisation.
+        activations: the three ReLUs; None for one that is a function.
+        shortcut: the module called on x, a convolution with its normalisation, or None where the
+            class has no place for one.
+        idle: children that must do nothing for the formula to hold: absent, None or nn.Identity.
+        containers: the modules between the block and its parts; the block itself too where its
+            class is not known, but its formula was proved with exactly these children.
+        adds_in_place: whether the class writes ``out += residual``, which keeps out's dtype.
+    """
+
+    units: tuple[tuple[str, str], ...] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+    activations: tuple[str | None, ...] = ("relu", "relu", "relu")
+    shortcut: str | tuple[str, str] | None = "downsample"
+    idle: tuple[str, ...] = ()
+    containers: tuple[Container, ...] = ()
+    adds_in_place: bool = True
+
+
+@dataclass(frozen=True)
+class UnitLayout:
+    """Where a class keeps ``relu(norm(conv(x)))``.
+
+    containers: as in ``Layout``. has_rest: whether the class goes on from there; its three parts
+    are then direct children, and used for nothing else.
+    """
+
+    conv: str
+    norm: str
+    activation: str
+    containers: tuple[Container, ...] = ()
+    has_rest: bool = False
+
+
+class Parts(NamedTuple):
+    """The parts of a block as they are now: units to fuse, and the shortcut if it must be called.
+
+    pairs: convolution and normalisation, three times, and that of the shortcut if it is fused.
+    """
+
+    pairs: list[tuple[nn.Conv2d, nn.Module]]
+    called: nn.Module | None
+
+    def units(self) -> list[Unit]:
+        """What the convolutions and normalisations stand for now."""
+        return [(conv_arguments(conv), batch_norm_arguments(bn)) for conv, bn in self.pairs]
+
+
+def attribute(block: nn.Module, path: str, default: Any = None) -> Any:
+    """The attribute at a dotted path; the default where there is none."""
+    value: Any = block
+    for name in path.split("."):
+        value = getattr(value, name, default)
+    return value
+
+
+def read(block: nn.Module, layout: Layout) -> Parts:
+    """The parts of a block, of which ``reason`` is None."""
+    pairs = [(attribute(block, conv), attribute(block, norm)) for conv, norm in layout.units]
+    if isinstance(layout.shortcut, tuple):
+        conv, norm = layout.shortcut
+        return Parts([*pairs, (attribute(block, conv), attribute(block, norm))], None)
+    shortcut = None if layout.shortcut is None else attribute(block, layout.shortcut)
+    if shortcut is None or checks.child("shortcut", shortcut, nn.Identity) is None:
+        return Parts(pairs, None)
+    unit = conv_bn_of(shortcut)
+    return Parts(pairs, shortcut) if unit is None else Parts([*pairs, unit], None)
+
+
+def reason(block: nn.Module, layout: Layout) -> str | None:
+    """Why the block is not its layout's formula over plain children; None if it is."""
+    for path in layout.idle:
+        module = attribute(block, path)
+        if module is not None and checks.child(path, module, nn.Identity) is not None:
+            return f"{path} is not empty, but {type(module).__name__}"
+    for container in layout.containers:
+        problem = _container_reason(block, container)
+        if problem is not None:
+            return problem
+    return _parts_reason(block, layout)
+
+
+def _container_reason(block: nn.Module, container: Container) -> str | None:
+    """Why the container does not just call its children; None if it does."""
+    path = container.path
+    module = attribute(block, path) if path else block
+    if not isinstance(module, nn.Module):
+        return f"{path} is missing"
+    children = tuple(name for name, child in module._modules.items() if child is not None)
+    if children != container.children:
+        return f"the children of {path or 'the block'} have changed: {', '.join(children)}"
+    if path and class_path(type(module)) != container.kind:
+        return f"{path} is a {type(module).__name__}"
+    return checks.child(path, module, type(module)) if path else None
+
+
+def _parts_reason(block: nn.Module, layout: Layout) -> str | None:
+    units = layout.units
+    if isinstance(layout.shortcut, tuple):
+        units = (*units, layout.shortcut)
+    for conv, norm in units:
+        problem = _pair_reason(block, conv, norm)
+        if problem is not None:
+            return problem
+    for path in layout.activations:
+        if path is not None:
+            problem = checks.child(path, attribute(block, path), nn.ReLU)
+            if problem is not None:
+                return problem
+    return None
+
+
+def _pair_reason(block: nn.Module, conv: str, norm: str) -> str | None:
+    module = attribute(block, norm)
+    problem = checks.child(conv, attribute(block, conv), nn.Conv2d)
+    return problem or checks.child(norm, module, norm_class(module))
+
+
+def read_unit(module: nn.Module, layout: UnitLayout) -> Parts:
+    """The parts of a module, of which ``unit_reason`` is None."""
+    return Parts([(attribute(module, layout.conv), attribute(module, layout.norm))], None)
+
+
+def unit_reason(module: nn.Module, layout: UnitLayout) -> str | None:
+    """Why the module has no plain conv+BN+ReLU where its layout says; None if it has."""
+    for container in layout.containers:
+        problem = _container_reason(module, container)
+        if problem is not None:
+            return problem
+    problem = _pair_reason(module, layout.conv, layout.norm)
+    return problem or checks.child(layout.activation, attribute(module, layout.activation), nn.ReLU)
+
+
+def norm_promotion(parts: Parts, x: Tensor) -> str | None:
+    """Why a normalisation's output is not of x's dtype, that of the convolutions; None if it is."""
+    for _, norm in parts.pairs:
+        # A fixed affine is a product and a sum with its own vectors, where nn's casts to x's dtype.
+        if not isinstance(norm, nn.BatchNorm2d) and norm.weight.dtype != x.dtype:
+            return f"a {type(norm).__name__} promotes {x.dtype} to {norm.weight.dtype}"
+    return None
+
+
+def promotion(parts: Parts, layout: Layout, x: Tensor, cast_x: Tensor) -> str | None:
+    """Why the output is not of the dtype that the convolutions run in; None if it is.
+
+    cast_x: x in the autocast dtype, where autocast is on.
+    """
+    reason = norm_promotion(parts, cast_x)
+    if reason is not None:
+        return reason
+    if not layout.adds_in_place and x.dtype != cast_x.dtype:
+        return f"adding x promotes {cast_x.dtype} to {x.dtype}"
+    return None
+
+
+def composed_with(block: nn.Module, layout: Layout, x: Tensor, residual: Tensor) -> Tensor:
+    """The block's formula through its children, with a residual that is computed already."""
+    out = x
+    steps = zip(layout.units, layout.activations, strict=True)
+    for last, ((conv, norm), activation) in zip((False, False, True), steps, strict=True):
+        out = attribute(block, norm)(attribute(block, conv)(out))
+        if last and layout.adds_in_place:
+            out += residual
+        elif last:
+            out = out + residual
+        out = F.relu(out) if activation is None else attribute(block, activation)(out)
+    return out

@@ -1,0 +1,333 @@
+"""The libraries' own models: fused against unfused, in float64 and over training steps."""
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_helpers import (
+    assert_close,
+    blocks_of,
+    first_tensor,
+    images,
+    load,
+    reasons,
+    small_resnet,
+    step,
+)
+from tolerances import FLOAT64, LOSS_CURVE
+from torch import Tensor, nn
+
+import fused_bottleneck as fb
+from benchmarks.model_zoo import MODELS
+from fused_bottleneck import adapters, tracing
+from fused_bottleneck.conv_bn_relu import FusedUnit
+from fused_bottleneck.layout import Container, Layout
+
+
+def model_of(name: str, **options: Any) -> nn.Module:
+    load(MODELS[name].package)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return MODELS[name].make(**options).double()
+
+
+TIMM = {"layers": [2, 1, 1, 1], "num_classes": 5}
+# Name, size of the images, options; fewer blocks where that shows as much.
+COMPARED: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "resnet50": ("torchvision.resnet50", 64, {"num_classes": 5}),
+    "timm resnet50d": ("timm.resnet50d", 48, TIMM),
+}
+SLOW: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "regnet_x_400mf": ("torchvision.regnet_x_400mf", 64, {"num_classes": 5}),
+    "timm resnet50": ("timm.resnet50", 48, TIMM),
+    "transformers": (
+        "transformers.ResNetForImageClassification",
+        48,
+        {"depths": [2, 1, 1, 1], "num_labels": 5},
+    ),
+    "monai": (
+        "monai.resnet50(spatial_dims=2, n_input_channels=3)",
+        48,
+        {"num_classes": 5, "conv1_t_stride": 2},
+    ),
+    "resnet101": ("torchvision.resnet101", 33, {"num_classes": 5}),
+    "resnext50_32x4d": ("torchvision.resnext50_32x4d", 48, {"num_classes": 5}),
+    "wide_resnet50_2": ("torchvision.wide_resnet50_2", 33, {"num_classes": 5}),
+    "fcn_resnet50": ("torchvision.segmentation.fcn_resnet50", 33, {"num_classes": 5}),
+    "deeplabv3_resnet50": ("torchvision.segmentation.deeplabv3_resnet50", 33, {"num_classes": 5}),
+    "smp Unet": ("segmentation_models_pytorch.Unet('resnet50')", 64, {}),
+}
+CASES = [
+    *(pytest.param(*case, id=name) for name, case in COMPARED.items()),
+    *(pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in SLOW.items()),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "options"), CASES)
+def test_training_step(name: str, size: int, options: dict[str, Any]) -> None:
+    """Output, every gradient and all running statistics, in float64."""
+    model = model_of(name, **options)
+    x = images(2, size)
+    want = step(model, x)
+    # The second step of one model is the first of another, but for its statistics.
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.reset_running_stats()
+    fb.fuse(model, strict=True)
+    assert set(reasons(model.eval(), x)) == {None}
+    assert_close(step(model.train(), x), want, FLOAT64)
+
+
+@pytest.mark.parametrize("name", ["torchvision.resnet50", "timm.resnet50d"])
+def test_eval(name: str) -> None:
+    options = TIMM if name.startswith("timm") else {}
+    model = model_of(name, **options).eval()
+    x = images(2, 40)
+    with torch.no_grad():
+        want = first_tensor(model(x))
+        got = first_tensor(fb.fuse(model)(x))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_frozen_backbone_of_detection() -> None:
+    """FrozenBatchNorm2d is a fixed affine: fused in training, and never changed."""
+    torchvision = load("torchvision")
+    resnet = torchvision.models.resnet
+    frozen = torchvision.ops.misc.FrozenBatchNorm2d
+    torch.manual_seed(0)
+    model = resnet.ResNet(resnet.Bottleneck, [2, 1, 1, 1], num_classes=5, norm_layer=frozen)
+    for norm in (m for m in model.double().modules() if isinstance(m, frozen)):
+        norm.weight.uniform_(0.5, 1.0)
+        norm.bias.normal_(0, 0.3)
+        norm.running_mean.normal_(0, 0.3)
+        norm.running_var.uniform_(0.5, 2)
+    for parameter in [*model.conv1.parameters(), *model.layer1.parameters()]:
+        parameter.requires_grad_(False)
+    x = images(2, 40)
+    want = step(model, x)
+    fused = fb.fuse(model, strict=True)
+    assert reasons(fused, x) == [None] * 5
+    assert_close(step(fused, x), want, FLOAT64)
+
+
+def test_frozen_norms_promote_under_autocast() -> None:
+    """They are products with float32 vectors: outputs are float32, and stay so."""
+    torchvision = load("torchvision")
+    block = torchvision.models.resnet.Bottleneck(
+        16, 4, norm_layer=torchvision.ops.misc.FrozenBatchNorm2d
+    )
+    x = images(2, 8)[:, :1].expand(2, 16, 8, 8).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        want = block(x)
+        fused = fb.fuse(block, strict=True)
+        assert "promotes" in str(fused.why_not_fused(x))
+        got = fused(x)
+    assert got.dtype == want.dtype == torch.float32
+    assert torch.equal(got, want)
+
+
+@pytest.mark.slow
+def test_detection_model_runs() -> None:
+    """The detector's own features, losses and gradients through the fused backbone."""
+    name = "torchvision.detection.fasterrcnn_resnet50_fpn, frozen"
+    backbone = model_of(name).backbone
+    want = backbone(images(1, 64))
+    fb.fuse(backbone, strict=True)
+    got = backbone(images(1, 64))
+    for level, features in want.items():
+        torch.testing.assert_close(got[level], features, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "declined", "word"),
+    [
+        ("timm.seresnet50", 16, "se is not empty"),
+        ("timm.resnetaa50", 3, "aa is not empty"),
+        ("timm.resnet50_gn", 16, "GroupNorm"),
+        ("torchvision.quantization.resnet50", 16, "quantization"),
+        ("torchvision.regnet_y_400mf", 16, "mul"),
+    ],
+)
+def test_declined(name: str, declined: int, word: str) -> None:
+    """These keep running as they are, and strict says which."""
+    model = model_of(name).float()
+    kinds = [type(m) for m in model.modules()]
+    rows = [row for row in fb.explain(model) if row.reason is not None]
+    assert len(rows) == declined
+    assert all(word in str(row.reason) for row in rows)
+    with pytest.raises(ValueError, match=word):
+        fb.fuse(model, strict=True)
+    assert [type(m) for m in model.modules()] == kinds
+
+
+def test_stochastic_depth_is_declined_per_block() -> None:
+    """timm gives the first block a rate of zero, which is no DropPath at all."""
+    load("timm")
+    model = model_of("timm.resnet50", drop_path_rate=0.1, **TIMM)
+    assert [row.reason is None for row in fb.explain(model)] == [True, False, False, False, False]
+    fb.fuse(model)
+    assert len(blocks_of(model)) == 1
+    block = blocks_of(model)[0]
+    block.drop_path = nn.Dropout(0.5)
+    assert "drop_path" in str(block.why_not_fused(torch.zeros(2, 64, 4, 4, dtype=torch.float64)))
+
+
+# The classes that are known by name, each proved by its graph.
+
+KNOWN_MODELS = {
+    "torchvision.models.resnet.Bottleneck": "torchvision.resnet50",
+    "timm.models.resnet.Bottleneck": "timm.resnet50",
+    "transformers.models.resnet.modeling_resnet.ResNetBottleNeckLayer": (
+        "transformers.ResNetForImageClassification"
+    ),
+    "monai.networks.nets.resnet.ResNetBottleneck": (
+        "monai.resnet50(spatial_dims=2, n_input_channels=3)"
+    ),
+}
+
+
+def parts(block: nn.Module, layout: Layout) -> list[Any]:
+    """What a layout says of a block, as the modules themselves."""
+    found = adapters.layout.read(block, layout)
+    activations = [a and adapters.layout.attribute(block, a) for a in layout.activations]
+    return [found.pairs, found.called, activations, layout.adds_in_place]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KNOWN_MODELS)
+def test_known_layouts_are_what_the_graph_shows(kind: str) -> None:
+    model = MODELS[KNOWN_MODELS[kind]]
+    load(model.package)
+    with torch.device("meta"):
+        made = model.make()
+    blocks = [f.module for f in adapters.survey(made)]
+    assert {adapters.class_path(type(b)) for b in blocks} == {kind}
+    for block in blocks[:2]:  # with and without a downsample
+        proved = tracing.prove(block)
+        assert isinstance(proved, Layout), proved
+        assert parts(block, proved) == parts(block, adapters.KNOWN[kind])
+        known = set(adapters.KNOWN[kind].containers)
+        inner: set[Container] = {c for c in proved.containers if c.path}
+        assert known in (inner, set())
+
+
+@pytest.mark.slow
+def test_hooks_inside_a_layer_of_transformers() -> None:
+    """The containers between the block and its convolutions have hooks too."""
+    model = model_of("transformers.ResNetForImageClassification", depths=[1, 1, 1, 1], num_labels=2)
+    fused = fb.fuse(model, strict=True)
+    seen: list[int] = []
+    layer = fused.resnet.encoder.stages[1].layers[0].layer
+    for number, module in enumerate([layer, layer[1], layer[2].activation]):
+        handle = module.register_forward_hook(lambda *a, number=number: seen.append(number))
+        fused(images(2, 33))
+        assert seen.pop() == number
+        handle.remove()
+
+
+# Stems.
+
+STEMS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "timm": ("timm.resnet50", TIMM, 1),
+    "transformers": (
+        "transformers.ResNetForImageClassification",
+        {"depths": [1, 1, 1, 1], "num_labels": 5},
+        1,
+    ),
+    "deeplab": ("torchvision.segmentation.deeplabv3_resnet50", {"num_classes": 5}, 3),
+}
+
+
+def stems_of(model: nn.Module) -> list[FusedUnit]:
+    return [module for module in model.modules() if isinstance(module, FusedUnit)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", STEMS)
+def test_stem(case: str) -> None:
+    name, options, count = STEMS[case]
+    plain = model_of(name, **options)
+    fused = fb.fuse(copy.deepcopy(plain), stem=True, strict=True)
+    assert len(stems_of(fused)) == count
+    assert_close(step(fused, images(2, 40)), step(plain, images(2, 40)), FLOAT64)
+
+
+def test_stem_of_torchvision() -> None:
+    """The model itself becomes a fused class: results, copies, tracers, and the way back."""
+    plain, fused = small_resnet(), fb.fuse(small_resnet(), stem=True, strict=True)
+    x = images()
+    assert stems_of(fused) == [fused]
+    assert fused.why_not_fused(x) is None
+    assert isinstance(fused, type(plain))
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    want = step(plain, x)
+    for model in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert type(model) is type(fused)
+        assert_close(step(model, x), want, FLOAT64)
+    plain, traced = small_resnet().eval(), torch.fx.symbolic_trace(fused.eval())
+    torch.testing.assert_close(traced(x), plain(x), rtol=1e-10, atol=1e-10)
+    assert [type(m) for m in fb.unfuse(fused).modules()] == [type(m) for m in plain.modules()]
+
+
+def test_stem_reads_the_model_at_every_call() -> None:
+    """What does the rest is a view: a replaced head, a hook, a frozen norm count at once."""
+    plain, fused = small_resnet(), fb.fuse(small_resnet(), stem=True)
+    seen: list[int] = []
+    for model in (plain, fused):
+        model(images())
+        torch.manual_seed(1)
+        model.fc = nn.Linear(256, 3).double()
+        model.bn1.eval()
+        assert model(images()).shape == (3, 3)
+    assert_close(step(fused, images()), step(plain, images()), FLOAT64)
+    fused.bn1.register_forward_hook(lambda *a: seen.append(1))
+    assert "bn1 has hooks" in str(fused.why_not_fused(images()))
+    assert_close(step(fused, images()), step(plain, images()), FLOAT64)
+    assert seen == [1]
+
+
+def test_deep_stem_is_declined() -> None:
+    model = model_of("timm.resnet50d", **TIMM)
+    with pytest.raises(ValueError, match="conv1 is a Sequential"):
+        fb.fuse(model, stem=True, strict=True)
+    assert not blocks_of(model)
+    assert len(blocks_of(fb.fuse(model, stem=True))) == 5
+
+
+# Training.
+
+
+def losses(model: nn.Module, x: Tensor, steps: int = 20) -> Tensor:
+    """The losses of training on one batch."""
+    target = torch.arange(len(x)) % 7
+    optimiser = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
+    found = []
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss = F.cross_entropy(model(x), target)
+        loss.backward()
+        optimiser.step()
+        found.append(float(loss.detach()))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.slow
+def test_loss_curve() -> None:
+    """20 steps in float64 are equal; in float32 the curve is the same, as eager's is."""
+    x = images(6, 33)
+    want = losses(small_resnet(), x)
+    assert want[-1] < 0.6 * want[0]
+    fused = losses(fb.fuse(small_resnet(), strict=True), x)
+    torch.testing.assert_close(fused, want, rtol=1e-9, atol=0)
+    for model in (small_resnet(), fb.fuse(small_resnet())):
+        got = losses(model.float(), x.float())
+        assert float((got - want).abs().max()) <= LOSS_CURVE * float(want[0])
+
+
+def test_copies_of_a_fused_model_are_fused() -> None:
+    model = fb.fuse(small_resnet())
+    assert len(blocks_of(copy.deepcopy(model))) == 5
