@@ -23,7 +23,8 @@ sanitized := tests/test_cuda.py tests/test_cuda_passes.py -m gpu -k "test_stage 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help check venv build wheel demo test test-fast test-gpu sanitize kernel-report bench report lint format clean
+.PHONY: help check venv build wheel demo test test-fast test-gpu sanitize kernel-report bench bench-gpu \
+  report lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -86,8 +87,15 @@ sanitize: $(library) ## run every kernel under compute-sanitizer (needs a GPU an
 kernel-report: venv ## what the compiler makes of the kernels, and their floors; needs no GPU
 	$(python) -m benchmarks.kernel_report
 
-bench: build ## measure the block against the reference; write benchmarks/results/
-	$(python) -m benchmarks.bench_block
+bench: build ## measure on the CPU; write benchmarks/results/ (about half an hour; QUICK=--quick: does it run?)
+	$(python) -m benchmarks.bench_block $(QUICK)
+	$(python) -m benchmarks.bench_stages $(QUICK)
+	$(python) -m benchmarks.bench_resnet50 $(QUICK)
+	$(python) -m benchmarks.bench_scaling $(QUICK)
+	$(python) -m benchmarks.convergence $(QUICK)
+
+bench-gpu: ## build, test, tune and measure on a GPU, with $(interpreter) as it is, in 9 minutes
+	$(interpreter) -m benchmarks.suite --device cuda $(SUITE)
 
 report: venv ## write the measured tables of README.md, the plots and docs/compatibility.md
 	$(python) -m benchmarks.report

@@ -1,18 +1,22 @@
-"""The four variants of a block that are timed side by side, their agreement and their memory."""
+"""The variants of a block that are timed side by side, their agreement and their memory."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import memory
 from benchmarks.shapes import BlockShape
 from fused_bottleneck import Bottleneck, FusedBottleneck
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 BASELINE = "reference contiguous"
+BLOCKS: dict[str, type[Bottleneck]] = {"reference": Bottleneck, "fused": FusedBottleneck}
 
 # Largest relative error of a variant against the baseline, in the Euclidean norm over the whole
 # tensor: (output, gradients). The output differs by rounding only. A ReLU whose input is within
@@ -27,65 +31,156 @@ NORM_BOUNDS = {
 }
 
 
+def norm_bounds(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """`NORM_BOUNDS` of what convolutions compute in: tf32 has float16's mantissa."""
+    precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    if dtype == torch.float32 and device.type == "cuda" and precision == "tf32":
+        return NORM_BOUNDS[torch.float16]
+    return NORM_BOUNDS[dtype]
+
+
+class Case(ABC):
+    """One variant of a block with its input and output gradient, ready to run."""
+
+    @abstractmethod
+    def forward(self) -> object:
+        """One forward pass that keeps what its backward needs."""
+
+    @abstractmethod
+    def step(self) -> object:
+        """Forward and backward: gradients of the input and of every parameter."""
+
+    @abstractmethod
+    def results(self) -> dict[str, Tensor]:
+        """One step's "output", "grad_x" and "grad of NAME" for the reference's parameters."""
+
+    def saved_bytes(self) -> int | None:
+        """Bytes that one forward keeps for backward; None where that cannot be seen."""
+        return None
+
+    def peak_bytes(self) -> int | None:
+        """Most device memory of a step beyond what was there; None where that cannot be seen."""
+        return None
+
+
 @dataclass(frozen=True)
-class Case:
-    """A block with an input and an output gradient, both in the layout of its variant."""
+class TorchCase(Case):
+    """A block of modules. call: what runs it, if not the block itself (its compiled form)."""
 
     block: nn.Module
     x: Tensor
     grad_out: Tensor
+    call: Callable[[Tensor], Tensor] | None = None
 
     def forward(self) -> Tensor:
-        """One forward pass that keeps what its backward needs."""
-        return self.block(self.x)
+        return (self.call or self.block)(self.x)
 
     def step(self) -> tuple[Tensor, ...]:
-        """Forward and backward: gradients of the input and of every parameter."""
         inputs = [self.x, *self.block.parameters()]
-        return torch.autograd.grad(self.block(self.x), inputs, self.grad_out)
+        return torch.autograd.grad(self.forward(), inputs, self.grad_out)
+
+    def results(self) -> dict[str, Tensor]:
+        out = self.forward()
+        parameters = dict(self.block.named_parameters())
+        grads = torch.autograd.grad(out, [self.x, *parameters.values()], self.grad_out)
+        names = ["grad_x", *(f"grad of {name}" for name in parameters)]
+        return {"output": out.detach(), **dict(zip(names, grads, strict=True))}
+
+    def saved_bytes(self) -> int:
+        return memory.saved_bytes(self.forward, self.block.state_dict().values())
+
+    def peak_bytes(self) -> int | None:
+        return memory.peak_bytes(self.step, self.x.device)
 
 
-def build_cases(
-    shape: BlockShape, batch: int, dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> dict[str, Case]:
-    """`{"reference contiguous": ..., ...}`: reference and fused, each contiguous and channels_last.
+class Inputs(NamedTuple):
+    """What every variant of a block starts from: parameters, input, output gradient.
 
-    All start from the same parameters and see the same input and output gradient. The affine
-    parameters of the batch norms are drawn at random, so that none of them multiplies by one.
+    master: the reference in float32 on the CPU; its batch norms' affine parameters are random, so
+    that none of them multiplies by one. x, grad_out: contiguous, in the run's dtype and device.
     """
-    generator = torch.Generator().manual_seed(seed)
+
+    shape: BlockShape
+    bias: bool
+    master: Bottleneck
+    x: Tensor
+    grad_out: Tensor
+
+    def block(self, kind: type[Bottleneck], layout: str) -> Bottleneck:
+        """A block of that class with the master's parameters."""
+        block = new_block(kind, self.shape, self.bias).to(self.x.device, self.x.dtype)
+        block.load_state_dict(self.master.state_dict())
+        # torch's annotations of Module.to leave memory_format out.
+        return block.to(memory_format=MEMORY_FORMATS[layout])  # type: ignore[call-overload]
+
+    def case(self, kind: type[Bottleneck], layout: str) -> TorchCase:
+        """The block with its input and output gradient in that layout."""
+        memory_format = MEMORY_FORMATS[layout]
+        x = self.x.detach().contiguous(memory_format=memory_format).requires_grad_()
+        grad_out = self.grad_out.contiguous(memory_format=memory_format)
+        return TorchCase(self.block(kind, layout), x, grad_out)
+
+
+def build_inputs(
+    shape: BlockShape,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    bias: bool = True,
+    seed: int = 0,
+) -> Inputs:
+    """Inputs of `batch` images, the same for the same seed on the same device.
+
+    bias: of the convolutions. The plain block has biases by default, networks have none.
+    """
     torch.manual_seed(seed)
-    master = _new_block(Bottleneck, shape)
+    master = new_block(Bottleneck, shape, bias)
     for module in master.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
-            nn.init.normal_(module.bias, 0.0, 0.2, generator=generator)
-    x = torch.randn(batch, shape.in_channels, shape.size, shape.size, generator=generator)
-    grad_out = torch.randn(
-        batch, shape.out_channels, shape.out_size, shape.out_size, generator=generator
-    )
-    cases = {}
-    for kind, block_type in (("reference", Bottleneck), ("fused", FusedBottleneck)):
-        for layout, memory_format in MEMORY_FORMATS.items():
-            block = _new_block(block_type, shape).to(device, dtype)
-            block.load_state_dict(master.state_dict())
-            cases[f"{kind} {layout}"] = Case(
-                # torch's annotations of Module.to leave memory_format out.
-                block.to(memory_format=memory_format),  # type: ignore[call-overload]
-                x.detach().to(device, dtype, memory_format=memory_format).requires_grad_(),
-                grad_out.to(device, dtype, memory_format=memory_format),
-            )
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0.0, 0.2)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def image(channels: int, size: int) -> Tensor:
+        sizes = (batch, channels, size, size)
+        return torch.randn(sizes, device=device, dtype=dtype, generator=generator)
+
+    x = image(shape.in_channels, shape.size)
+    return Inputs(shape, bias, master, x, image(shape.out_channels, shape.out_size))
+
+
+def build_cases(inputs: Inputs) -> dict[str, Case]:
+    """`{"reference contiguous": ..., ...}`: reference and fused, each contiguous and channels_last,
+    the two of a layout on the same input."""
+    cases: dict[str, Case] = {}
+    for kind, block_type in BLOCKS.items():
+        for layout in MEMORY_FORMATS:
+            case = inputs.case(block_type, layout)
+            twin = cases.get(f"reference {layout}")
+            if isinstance(twin, TorchCase):
+                case = TorchCase(case.block, twin.x, twin.grad_out)
+            cases[f"{kind} {layout}"] = case
     return cases
 
 
-def _new_block(block_type: type[Bottleneck], shape: BlockShape) -> Bottleneck:
+def new_block(kind: type[Bottleneck], shape: BlockShape, bias: bool) -> Bottleneck:
+    """A block of that class and shape; bias: of its three convolutions."""
     downsample = None
     if shape.downsample:
         downsample = nn.Sequential(
             nn.Conv2d(shape.in_channels, shape.out_channels, 1, shape.stride, bias=False),
             nn.BatchNorm2d(shape.out_channels),
         )
-    return block_type(shape.in_channels, shape.width, downsample, shape.stride)
+    return kind(
+        shape.in_channels,
+        shape.width,
+        downsample,
+        shape.stride,
+        bias=bias,
+        groups=shape.groups,
+        expansion=shape.expansion,
+    )
 
 
 def composed_reasons(cases: Mapping[str, Case]) -> list[str]:
@@ -93,36 +188,32 @@ def composed_reasons(cases: Mapping[str, Case]) -> list[str]:
     reasons = {
         name: case.block.why_not_fused(case.x)
         for name, case in cases.items()
-        if isinstance(case.block, FusedBottleneck)
+        if isinstance(case, TorchCase) and isinstance(case.block, FusedBottleneck)
     }
     return [f"{name} would run unfused: {reason}" for name, reason in reasons.items() if reason]
 
 
-def disagreements(cases: Mapping[str, Case], dtype: torch.dtype) -> list[str]:
-    """Tensors in which a variant leaves `NORM_BOUNDS[dtype]` around the baseline, one line each.
+def disagreements(
+    cases: Mapping[str, Case], bounds: tuple[float, float], expected: Mapping[str, Tensor]
+) -> dict[str, list[str]]:
+    """By variant, the tensors that leave `bounds` around the expected ones, one line each.
 
-    Runs one training step of every variant and compares the output and all gradients.
+    Runs one training step of every variant and compares the output and all gradients. Variants
+    that agree are left out.
     """
-    expected = _step_results(cases[BASELINE])
     scales = _scales(expected)
-    lines = []
+    found: dict[str, list[str]] = {}
     for name, case in cases.items():
-        if name == BASELINE:
-            continue
-        for key, actual in _step_results(case).items():
-            bound = NORM_BOUNDS[dtype][0 if key == "output" else 1]
-            error = _norm(actual.double() - expected[key].double()) / scales[key]
+        lines = []
+        actual = case.results()
+        for key, tensor in expected.items():
+            bound = bounds[0 if key == "output" else 1]
+            error = _norm(actual[key].double() - tensor.double()) / scales[key]
             if not error <= bound:  # also when it is NaN
                 lines.append(f"{name}: {key} is off by {error:.1e}, the bound is {bound:.0e}")
-    return lines
-
-
-def _step_results(case: Case) -> dict[str, Tensor]:
-    out = case.block(case.x)
-    parameters = dict(case.block.named_parameters())
-    grads = torch.autograd.grad(out, [case.x, *parameters.values()], case.grad_out)
-    names = ["grad_x", *(f"grad of {name}" for name in parameters)]
-    return {"output": out.detach(), **dict(zip(names, grads, strict=True))}
+        if lines:
+            found[name] = lines
+    return found
 
 
 def _scales(expected: Mapping[str, Tensor]) -> dict[str, float]:
@@ -140,36 +231,3 @@ def _scales(expected: Mapping[str, Tensor]) -> dict[str, float]:
 
 def _norm(tensor: Tensor) -> float:
     return torch.linalg.vector_norm(tensor, dtype=torch.float64).item()
-
-
-def saved_bytes(case: Case) -> int:
-    """Bytes of the distinct storages that one forward keeps for backward.
-
-    The input counts, the block's own parameters and buffers do not.
-    """
-    own = {tensor.untyped_storage().data_ptr() for tensor in case.block.state_dict().values()}
-    # The storages are held until the count is done: a freed address could be handed out again.
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = case.forward()
-    del out
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def peak_bytes(case: Case) -> int | None:
-    """Most device memory that one step allocates beyond what was there; None on the CPU."""
-    if case.x.device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    case.step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

@@ -6,11 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from benchmarks.records import Run
+from benchmarks.roofline import Peaks, plan_floor
+from benchmarks.shapes import SHAPES
+from benchmarks.traffic import FORWARD_STAGES, fused_stages
 
 LAYOUTS = ("contiguous", "channels_last")
 TARGET_SHAPE = "256-64@56"
-TARGET_SETTINGS = {"device": "cpu", "dtype": "float32", "batch": 16, "threads": 2}
+TARGET_SETTINGS = {"device": "cpu", "dtype": "float32", "batch": 16, "threads": 2, "bias": True}
 SPEEDUP_CONTIGUOUS = 2.0
 SPEEDUP_CHANNELS_LAST = 1.5
 SPEEDUP_ANY_SHAPE = 1.0
@@ -35,13 +40,43 @@ Records = Mapping[tuple[str, str], Mapping[str, Any]]
 
 
 def by_shape_and_variant(run: Run) -> Records:
-    """The run's records by (shape, variant)."""
-    return {(record["shape"], record["variant"]): record for record in run["records"]}
+    """The run's records by (shape, variant); what was left out of it is left out here."""
+    return {
+        (record["shape"], record["variant"]): record
+        for record in run["records"]
+        if "left_out" not in record
+    }
 
 
 def shape_names(run: Run) -> list[str]:
     """The measured shapes, each once, in the order they were measured."""
     return list(dict.fromkeys(record["shape"] for record in run["records"]))
+
+
+def variants(run: Run) -> list[str]:
+    """The variants that have times, each once, in the order they were measured."""
+    return list(dict.fromkeys(variant for _, variant in by_shape_and_variant(run)))
+
+
+def peers(run: Run) -> list[str]:
+    """The variants that are neither the reference nor fused."""
+    return [name for name in variants(run) if name.split()[0] not in ("reference", "fused")]
+
+
+def peer_speedup(records: Records, shape: str, peer: str, phase: str = "step") -> float | None:
+    """Median time of a peer over that of the fused block in channels_last; None without either."""
+    if (shape, peer) not in records:
+        return None
+    fused = records[shape, "fused channels_last"]
+    return records[shape, peer][phase]["median"] / fused[phase]["median"]
+
+
+def floor(run: Run, shape: str, phase: str) -> float:
+    """The least seconds of the fused stages of `phase` at the peaks of the run."""
+    settings = run["settings"]
+    itemsize = getattr(torch, settings["dtype"]).itemsize
+    costs = fused_stages(SHAPES[shape], settings["batch"], itemsize)
+    return plan_floor(costs, Peaks(**run["peaks"]), FORWARD_STAGES if phase == "forward" else None)
 
 
 def speedup(records: Records, shape: str, layout: str, phase: str = "step") -> float:

@@ -1,12 +1,15 @@
-"""One run as a JSON file: where it was measured, the peaks, one record per shape and variant."""
+"""One run as a JSON file: which benchmark, where and how it was measured, and its records."""
 
 from __future__ import annotations
 
+import csv
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 # What a run and its report write; a change in it is not a change of what was measured.
 GENERATED = (":!benchmarks/results", ":!README.md")
 
-# {"environment": {...}, "settings": {...}, "peaks": {...}, "records": [{...}, ...]}
+# {"benchmark": name, "environment": {...}, "settings": {...}, "records": [{...}, ...]}, and the
+# "peaks" of a run that measures them.
 Run = dict[str, Any]
 
 
@@ -31,16 +35,40 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "driver": _driver() if device.type == "cuda" else None,
+        "cuda": torch.version.cuda,
         "torch": torch.__version__,
+        **{name: _version(name) for name in ("triton", "jax", "timm")},
         "python": platform.python_version(),
     }
 
 
-def _git(*arguments: str) -> str:
+def _version(package: str) -> str | None:
     try:
-        result = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-        )
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return _output(command).split("\n")[0] or None
+
+
+def place(run: Run) -> str:
+    """The device of a run, by name."""
+    environment = run["environment"]
+    return environment["cpu" if run["settings"]["device"] == "cpu" else "device"]
+
+
+def _git(*arguments: str) -> str:
+    return _output(["git", *arguments])
+
+
+def _output(command: Sequence[str]) -> str:
+    """What a command prints; empty where it fails or is not there."""
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return result.stdout.strip()
@@ -69,3 +97,39 @@ def read(path: Path) -> Run:
 def read_all(directory: Path = RESULTS) -> dict[str, Run]:
     """Every run in `directory`, by file name without its suffix, in alphabetical order."""
     return {path.stem: read(path) for path in sorted(directory.glob("*.json"))}
+
+
+def rows(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """Every record of the runs as a flat row that says where and how it was measured."""
+    return [
+        {
+            "benchmark": run["benchmark"],
+            **run["environment"],
+            **_flat(run["settings"]),
+            **_flat(record),
+        }
+        for run in runs
+        for record in run["records"]
+    ]
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with the fields of nested ones as "step.median"."""
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{name}": inner for name, inner in value.items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def write_csv(runs: Iterable[Run], path: Path) -> None:
+    """Write the rows of the runs, whose columns may differ, under one header."""
+    table = rows(runs)
+    columns = list(dict.fromkeys(key for row in table for key in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)

@@ -1,16 +1,24 @@
-"""The machine's peaks, measured in the run that uses them: copy bandwidth, convolution rate."""
+"""The machine's peaks, measured in the run that uses them, and the time they allow at best.
+
+A stage cannot be faster than moving its bytes at the rate of a copy, nor than doing its operations
+at the best rate of any product: its floor is the larger of the two times, and a plan's floor the
+sum over its stages (Williams et al. 2009, "Roofline").
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from benchmarks.harness import measure, timer_for
+from benchmarks.traffic import Cost
 
 COPY_BYTES = 256 * 2**20  # beyond any last-level cache
+# Rows and columns of the square matrices whose product is timed: large enough for the best rate.
+PRODUCT_SIZES = {"cpu": 2048, "cuda": 8192}
 # (channels in, channels out, kernel, image size) of products in ResNet-50 that run fastest.
 CONVOLUTIONS = (
     (64, 256, 1, 56),
@@ -25,10 +33,30 @@ CONVOLUTIONS = (
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes per second of a copy (read plus write), operations per second of a convolution."""
+    """Bytes per second of a copy (read plus write), operations per second of a convolution and of
+    a matrix product."""
 
     copy_bandwidth: float
     convolution_rate: float
+    product_rate: float = 0.0
+
+    @property
+    def operation_rate(self) -> float:
+        """The best rate of operations that any product reached."""
+        return max(self.convolution_rate, self.product_rate)
+
+
+def floor_seconds(cost: Cost, peaks: Peaks) -> float:
+    """The least time that a stage of this cost takes."""
+    return max(cost.moved / peaks.copy_bandwidth, cost.operations / peaks.operation_rate)
+
+
+def plan_floor(
+    costs: Mapping[str, Cost], peaks: Peaks, stages: Iterable[str] | None = None
+) -> float:
+    """The least time of `stages`, of all if None, one after the other."""
+    names = costs if stages is None else stages
+    return sum(floor_seconds(costs[name], peaks) for name in names)
 
 
 def measure_peaks(
@@ -38,15 +66,18 @@ def measure_peaks(
     rounds: int,
     *,
     copy_bytes: int = COPY_BYTES,
+    product_size: int | None = None,
     convolutions: Sequence[tuple[int, int, int, int]] = CONVOLUTIONS,
 ) -> Peaks:
-    """The rates of a large copy and of the fastest of `convolutions`, timed over `rounds`."""
+    """The rates of a large copy, a square product and the fastest of `convolutions`."""
+    size = PRODUCT_SIZES[device.type] if product_size is None else product_size
     return Peaks(
         copy_bandwidth=_copy_bandwidth(device, copy_bytes, rounds),
         convolution_rate=max(
             _convolution_rate(device, dtype, batch, rounds, *convolution)
             for convolution in convolutions
         ),
+        product_rate=_product_rate(device, dtype, size, rounds),
     )
 
 
@@ -55,6 +86,12 @@ def _copy_bandwidth(device: torch.device, size: int, rounds: int) -> float:
     target = torch.empty_like(source)
     timings = measure({"copy": lambda: target.copy_(source)}, rounds, 2, timer_for(device))
     return 2 * size / timings["copy"].q20
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype, size: int, rounds: int) -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    timings = measure({"product": lambda: a @ b}, rounds, 2, timer_for(device))
+    return 2.0 * size**3 / timings["product"].q20
 
 
 def _convolution_rate(

@@ -1,28 +1,26 @@
-"""Markdown tables of a run, as `bench_block` prints them and `report` writes them."""
+"""Markdown tables of a block run, as `bench_block` prints them and `report` writes them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from benchmarks.figures import (
     LAYOUTS,
     TARGET_SETTINGS,
     by_shape_and_variant,
     figures,
+    floor,
     memory_ratio,
+    peer_speedup,
+    peers,
     shape_names,
     speedup,
+    variants,
 )
-from benchmarks.records import Run
+from benchmarks.records import Run, place
 from benchmarks.shapes import RESNET50
 from benchmarks.traffic import eager_bytes, fused_bytes, inductor_bytes
-
-VARIANTS = (
-    "reference contiguous",
-    "reference channels_last",
-    "fused contiguous",
-    "fused channels_last",
-)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -39,50 +37,101 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "| " + " | ".join(padded) + " |"
 
 
+def origin(run: Run) -> str:
+    """Where, with what and when a run was measured."""
+    env, settings = run["environment"], run["settings"]
+    if settings["device"] == "cpu":
+        where = f"{place(run)}, {env['cores']} cores, {settings['threads']} threads"
+        versions = f"torch {env['torch']}"
+    else:
+        where = f"{place(run)}, driver {env['driver']}"
+        versions = f"torch {env['torch']}, CUDA {env['cuda']}, Triton {env['triton']}"
+    revision = f"revision {env['git_sha'][:10]}{' with local changes' if env['dirty'] else ''}"
+    return f"{where}, {versions}, {env['date']}, {revision}"
+
+
+def milliseconds(timing: dict[str, float]) -> str:
+    """Median and quantiles of a timing."""
+    median, low, high = (1e3 * timing[key] for key in ("median", "q20", "q80"))
+    digits = 1 if median >= 10 else 2
+    return f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
 def caption(run: Run) -> str:
     """One paragraph that says what was measured, where, when and how."""
-    env, settings, peaks = run["environment"], run["settings"], run["peaks"]
-    place = env["cpu"] if settings["device"] == "cpu" else env["device"]
+    settings, peaks = run["settings"], run["peaks"]
+    product = peaks.get("product_rate", 0.0)
+    operations = max(peaks["convolution_rate"], product)
     return (
-        f"{settings['dtype']}, batch {settings['batch']}, {place}, {env['cores']} cores, "
-        f"{settings['threads']} threads, torch {env['torch']}, {env['date']}, revision "
-        f"{env['git_sha'][:10]}{' with local changes' if env['dirty'] else ''}. Milliseconds: "
+        f"{settings['dtype']}, batch {settings['batch']}, convolutions "
+        f"{'with' if settings['bias'] else 'without'} a bias; {origin(run)}. Milliseconds: "
         f"median (20 %-80 % quantiles) of {settings['rounds']} rounds, variants interleaved. "
-        "Speed-up: reference over fused, in the named layout. Floor: the convolutions alone at the "
-        f"best rate of the same run, {peaks['convolution_rate'] / 1e9:.0f} GFLOP/s (a copy ran at "
-        f"{peaks['copy_bandwidth'] / 1e9:.1f} GB/s), as a share of the fused channels_last time."
+        "Speed-up: reference over fused, in the named layout; over a peer: the peer's time over "
+        "that of fused channels_last. Floor: the ten fused stages, each at the measured rate of a "
+        f"copy ({rate(peaks['copy_bandwidth'], 'B/s')}) or of the fastest product "
+        f"({rate(operations, 'FLOP/s')}), whichever takes longer, as a share of the fused "
+        "channels_last time."
     )
+
+
+def rate(value: float, unit: str) -> str:
+    """A rate in units of 1e9 or 1e12."""
+    return f"{value / 1e12:.2f} T{unit}" if value >= 1e12 else f"{value / 1e9:.1f} G{unit}"
 
 
 def time_table(run: Run, phase: str) -> str:
     """Milliseconds, speed-ups and share of the floor of `phase`, "forward" or "step"."""
     records = by_shape_and_variant(run)
-    header = ["block", *VARIANTS]
-    header += ["speed-up contiguous", "speed-up channels_last", "of floor"]
+    header = ["block", *variants(run), *(f"speed-up {layout}" for layout in LAYOUTS)]
+    header += [*(f"over {peer}" for peer in peers(run)), "of floor"]
     rows = []
     for shape in shape_names(run):
-        timings = [records[shape, variant][phase] for variant in VARIANTS]
-        row = [shape]
-        row += [f"{1e3 * t['median']:.1f} ({_quantiles(t)})" for t in timings]
+        row = [shape, *(_cell(records.get((shape, name)), phase) for name in variants(run))]
         row += [f"{speedup(records, shape, layout, phase):.2f}" for layout in LAYOUTS]
-        row.append(f"{records[shape, 'fused channels_last'][phase]['percent_of_floor']:.0f} %")
-        rows.append(row)
+        for peer in peers(run):
+            ratio = peer_speedup(records, shape, peer, phase)
+            row.append("-" if ratio is None else f"{ratio:.2f}")
+        fused = records[shape, "fused channels_last"][phase]["median"]
+        rows.append([*row, f"{100 * floor(run, shape, phase) / fused:.0f} %"])
     return markdown(header, rows)
 
 
-def _quantiles(timing: dict[str, float]) -> str:
-    return f"{1e3 * timing['q20']:.1f}-{1e3 * timing['q80']:.1f}"
+def _cell(record: Any, phase: str) -> str:
+    return milliseconds(record[phase]) if record is not None else "-"
+
+
+def left_out(run: Run) -> str:
+    """Why peers are missing from a run, one line each; empty where none is."""
+    rows = [record for record in run["records"] if "left_out" in record]
+    return "\n".join(f"{row['shape']}: no {row['variant']}: {row['left_out']}" for row in rows)
 
 
 def memory_table(run: Run) -> str:
-    """Mebibytes that one forward in channels_last keeps for backward."""
+    """Mebibytes that one forward in channels_last keeps for backward, and the peak of a step."""
     records = by_shape_and_variant(run)
+    names = [name for name in variants(run) if not name.endswith(" contiguous")]
     rows = []
     for shape in shape_names(run):
-        kept = (records[shape, f"{kind} channels_last"] for kind in ("reference", "fused"))
-        row = [shape, *(f"{record['saved_bytes'] / 2**20:.1f}" for record in kept)]
-        rows.append([*row, f"{memory_ratio(records, shape, 'channels_last'):.2f}"])
-    return markdown(["block", "reference, MiB", "fused, MiB", "ratio"], rows)
+        found = [records.get((shape, name), {}) for name in names]
+        row = [shape, *(mebibytes(record.get("saved_bytes")) for record in found)]
+        row.append(f"{memory_ratio(records, shape, 'channels_last'):.2f}")
+        rows.append(row + [mebibytes(record.get("peak_bytes")) for record in found])
+    header = ["block", *(f"{name}, MiB" for name in names), "fused / reference"]
+    header += [f"{name}, peak MiB" for name in names]
+    return markdown(*without_empty_columns(header, rows))
+
+
+def without_empty_columns(
+    header: list[str], rows: list[list[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows without the columns that hold a dash in every row."""
+    kept = [i for i in range(len(header)) if any(row[i] != "-" for row in rows)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def mebibytes(count: int | None) -> str:
+    """A size, or a dash where it is not known."""
+    return "-" if count is None else f"{count / 2**20:.1f}"
 
 
 def figures_table(run: Run) -> str:
@@ -112,3 +161,18 @@ def traffic_table(batch: int = 256, itemsize: int = 2) -> str:
         row = [shape.name, *(f"{count / 1e9:.2f}" for count in (eager, compiled, fused))]
         rows.append([*row, f"{eager / fused:.1f}"])
     return markdown(["block", "eager, GB", "compiled, GB", "fused, GB", "eager / fused"], rows)
+
+
+def text(run: Run) -> str:
+    """All of a block run."""
+    parts = [caption(run)]
+    for title, table in (
+        ("Training step", time_table(run, "step")),
+        ("Forward", time_table(run, "forward")),
+        ("Kept for backward", memory_table(run)),
+        ("Figures to reach", figures_table(run)),
+        ("Left out", left_out(run)),
+    ):
+        if table:
+            parts.append(f"{title}\n\n{table}")
+    return "\n\n".join(parts)

@@ -1,8 +1,8 @@
-"""Bytes and floating-point operations of one training step of a block, by plan.
+"""Bytes and floating-point operations of one training step of a block, by plan and by stage.
 
 Every tensor that a step must read or write is counted once per pass over it; weights, per-channel
 vectors and cache hits are left out. Tensors are named as in the derivation: x is the input, y1 and
-y2 the outputs of the first two convolutions (width M), `wide` any tensor of 4M output channels,
+y2 the outputs of the first two convolutions (width M), `wide` any tensor of the output's size,
 x_s the strided pixels of x that a downsample reads.
 """
 
@@ -79,37 +79,61 @@ def inductor_bytes(shape: BlockShape, batch: int, itemsize: int) -> float:
     return _convolutions(s, shape.downsample) + narrow + tail + 3 * s.x
 
 
-def fused_bytes(shape: BlockShape, batch: int, itemsize: int) -> float:
-    """Bytes of one step of the ten fused stages, in which no wide intermediate exists."""
+@dataclass(frozen=True)
+class Cost:
+    """What a stage costs at least: bytes that it moves, operations of its products."""
+
+    moved: float
+    operations: float
+
+
+FORWARD_STAGES = ("F1", "F2", "F3", "F4")
+
+
+def fused_stages(shape: BlockShape, batch: int, itemsize: int) -> dict[str, Cost]:
+    """The ten fused stages of a training step, in which no wide intermediate exists, by name."""
     s = sizes(shape, batch, itemsize)
     x_s = s.x_s if shape.downsample else 0
     identity = 0 if shape.downsample else s.x
     grad_out = s.wide + s.mask
-    stages = {
-        "F1 conv1": s.x + s.y1,
-        "F2 conv2": s.y1 + s.y2,
-        "F3 gram": s.y2 + x_s,
-        "F4 tail": s.y2 + x_s + identity + s.wide + s.mask,
-        "B1 tail weight gradient": grad_out + s.y2 + x_s,
-        "B2 tail data gradient": grad_out + s.y2 + s.y2,
-        "B3 conv2 data gradient": s.y2 + s.y2 + s.y1 + s.y1,
-        "B4 conv2 weight gradient": s.y2 + s.y2 + s.y1,
-        "B5 conv1 weight gradient": s.y1 + s.y1 + s.x,
-        "B6 conv1 data gradient": s.y1 + s.y1 + grad_out + x_s + s.x,
+    conv1, conv2, conv3, downsample = _convolution_operations(shape, batch)
+    # Half of a covariance is computed: it is symmetric. The products with B, [M, M] and [C, C].
+    narrow = 2.0 * batch * shape.out_size**2 * shape.width**2
+    shortcut = 2.0 * batch * shape.out_size**2 * shape.in_channels**2 if shape.downsample else 0
+    return {
+        "F1": Cost(s.x + s.y1, conv1),
+        "F2": Cost(s.y1 + s.y2, conv2),
+        "F3": Cost(s.y2 + x_s, (narrow + shortcut) / 2),
+        "F4": Cost(s.y2 + x_s + identity + s.wide + s.mask, conv3 + downsample),
+        "B1": Cost(grad_out + s.y2 + x_s, conv3 + downsample),
+        "B2": Cost(grad_out + s.y2 + s.y2, conv3 + narrow),
+        "B3": Cost(s.y2 + s.y2 + s.y1 + s.y1, conv2),
+        "B4": Cost(s.y2 + s.y2 + s.y1, conv2),
+        "B5": Cost(s.y1 + s.y1 + s.x, conv1),
+        "B6": Cost(s.y1 + s.y1 + grad_out + x_s + s.x, conv1 + downsample + shortcut),
     }
-    return sum(stages.values())
+
+
+def fused_bytes(shape: BlockShape, batch: int, itemsize: int) -> float:
+    """Bytes of one step of the ten fused stages."""
+    return sum(cost.moved for cost in fused_stages(shape, batch, itemsize).values())
+
+
+def _convolution_operations(shape: BlockShape, batch: int) -> tuple[float, float, float, float]:
+    """Two operations per multiply-add of conv1, conv2, conv3 and the downsample's convolution."""
+    pixels_in = 2.0 * batch * shape.size**2
+    pixels_out = 2.0 * batch * shape.out_size**2
+    return (
+        pixels_in * shape.in_channels * shape.width,
+        pixels_out * 9 * shape.width**2 / shape.groups,
+        pixels_out * shape.width * shape.out_channels,
+        pixels_out * shape.in_channels * shape.out_channels if shape.downsample else 0.0,
+    )
 
 
 def convolution_flops(shape: BlockShape, batch: int) -> float:
     """Operations of one forward pass: two per multiply-add of each convolution."""
-    pixels_in = batch * shape.size**2
-    pixels_out = batch * shape.out_size**2
-    macs = pixels_in * shape.in_channels * shape.width
-    macs += pixels_out * 9 * shape.width**2
-    macs += pixels_out * shape.width * shape.out_channels
-    if shape.downsample:
-        macs += pixels_out * shape.in_channels * shape.out_channels
-    return 2.0 * macs
+    return sum(_convolution_operations(shape, batch))
 
 
 def step_flops(shape: BlockShape, batch: int) -> float:
@@ -119,6 +143,5 @@ def step_flops(shape: BlockShape, batch: int) -> float:
 
 def fused_extra_flops(shape: BlockShape, batch: int) -> float:
     """Operations that only the fused plan has: Gram matrices (F3) and the B terms (B2, B6)."""
-    pixels_out = batch * shape.out_size**2
-    widths = shape.width**2 + (shape.in_channels**2 if shape.downsample else 0)
-    return 2.0 * 2 * pixels_out * widths
+    stages = fused_stages(shape, batch, itemsize=1).values()
+    return sum(cost.operations for cost in stages) - step_flops(shape, batch)
