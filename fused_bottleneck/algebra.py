@@ -4,7 +4,8 @@ Symbols (docs/algebra.md derives them; tests/test_algebra.py checks each against
 
 * ``Q`` pixels, ``K`` operand channels, ``W`` output channels of a 1x1 convolution.
 * ``D`` ``[Q, K]``: the centred operand, ``D = a - centre`` for a constant vector ``centre``.
-* ``mean_d`` ``[K]``, ``cov`` ``[K, K]``: mean and (biased) covariance of the rows of D.
+* ``mean_d`` ``[K]``, ``cov`` ``[K, K]``: mean and (biased) covariance of the rows of D;
+  ``weight_cov`` ``[W, K]``: the product ``weight cov``.
 * ``scale = gamma * invstd``; ``xhat = (y - mean) * invstd``.
 * ``g = grad_out * [out > 0]``, ``sum_g`` its column sums, ``S = g^T D`` ``[W, K]``.
 
@@ -71,12 +72,12 @@ def bn_backward_coefficients(
 MatrixProduct = Callable[[Tensor, Tensor], Tensor]
 
 
-def folded_variance(weight: Tensor, cov: Tensor, product: MatrixProduct = torch.matmul) -> Tensor:
+def folded_variance(weight: Tensor, weight_cov: Tensor) -> Tensor:
     """Variance of ``D weight^T`` per output channel: ``rowsum((weight cov) * weight)``, ``[W]``.
 
     Clamped at zero: a rank-deficient covariance can round to slightly below it.
     """
-    return (product(weight, cov) * weight).sum(1).clamp_min_(0)
+    return (weight_cov * weight).sum(1).clamp_min_(0)
 
 
 def folded_offset(
@@ -136,27 +137,25 @@ def folded_dgamma(
 
 
 def folded_dweight(
-    weight: Tensor,
     scale: Tensor,
     invstd: Tensor,
     centre: Tensor,
     mean_d: Tensor | None,
-    cov: Tensor | None,
+    weight_cov: Tensor | None,
     s: Tensor,
     sum_g: Tensor,
     dgamma: Tensor,
-    product: MatrixProduct = torch.matmul,
 ) -> Tensor:
     """Gradient of the convolution's weight, ``[W, K]``.
 
     Batch: ``scale * (S - sum_g mean_d^T - (dgamma * invstd) * (weight cov))``;
     fixed: ``scale * (S + sum_g centre^T)``. Scales multiply rows.
     """
-    if mean_d is None or cov is None:
+    if mean_d is None or weight_cov is None:
         grad = torch.addr(s, sum_g, centre)
     else:
         grad = torch.addr(s, sum_g, mean_d, alpha=-1)
-        grad.sub_((dgamma * invstd)[:, None] * product(weight, cov))
+        grad.sub_((dgamma * invstd)[:, None] * weight_cov)
     return grad.mul_(scale[:, None])
 
 

@@ -50,7 +50,7 @@ def fold_rows(
     """``algebra.fold`` with batch statistics, from ``product = weight cov``: the folded weight, and
     mean, var, invstd, offset, shift ``[5, W]``."""
     matrix = weight.to(mean_d.dtype)
-    var = algebra.folded_variance(matrix, product, lambda _, known: known)
+    var = algebra.folded_variance(matrix, product)
     offset = algebra.folded_offset(matrix, centre, mean_d, None)
     invstd = algebra.inverse_std(var, eps)
     scale = algebra.bn_scale(gamma, invstd)
@@ -75,9 +75,7 @@ def fold_backward_rows(
     matrix = weight.to(invstd.dtype)
     scale = algebra.bn_scale(gamma, invstd)
     dgamma = algebra.folded_dgamma(matrix, invstd, offset, s, sum_g)
-    grad = algebra.folded_dweight(
-        matrix, scale, invstd, centre, mean_d, product, s, sum_g, dgamma, lambda _, known: known
-    )
+    grad = algebra.folded_dweight(scale, invstd, centre, mean_d, product, s, sum_g, dgamma)
     if product is None:
         scaled = matrix.new_empty(0, matrix.shape[1])
     else:

@@ -221,8 +221,8 @@ def _fake_tail_state(x: Tensor, unit: Unit, pixels: int) -> list[Tensor]:
     width, channels = unit.weight.shape[:2]
     state = _fake_vectors(x, channels, width, width)
     if has_gram(unit.weight, unit.batch, pixels):
-        cov = x.new_empty((channels, channels), dtype=accumulation_dtype(x.dtype))
-        state += [*_fake_vectors(x, channels), cov]
+        weight_cov = x.new_empty((width, channels), dtype=accumulation_dtype(x.dtype))
+        state += [*_fake_vectors(x, channels), weight_cov]
     return state
 
 

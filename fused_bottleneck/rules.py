@@ -8,13 +8,13 @@ def uses_gram(device: str, pixels: int, channels: int, width: int) -> bool:
 
     On CPU arithmetic decides, counted in products with a [channels] vector: half a symmetric
     product over the pixels in float64, at 0.4 of float32's rate, and one with [channels, channels]
-    coefficients; of the weight with such, one in float64 and two in float32; against computing the
+    coefficients; of the weight with such, one in float64 and one in float32; against computing the
     output once more and the passes over it. Elsewhere memory does, and the gram way always moves
     less of it.
     """
     if device != "cpu":
         return True
-    gram = 2.25 * pixels * channels + 4.2 * width * channels
+    gram = 2.25 * pixels * channels + 3.2 * width * channels
     return gram < 1.3 * pixels * width
 
 

@@ -79,12 +79,13 @@ class FoldedTerm(NamedTuple):
 
 class FoldForward(NamedTuple):
     """A normalisation with batch statistics folded into the convolution before it: the folded
-    convolution, the moments of its output, invstd and offset ``[W]``."""
+    convolution, the moments of its output, invstd and offset ``[W]``, and ``W cov`` ``[W, K]``."""
 
     folded: Folded
     moments: Moments
     invstd: Tensor
     offset: Tensor
+    weight_cov: Tensor
 
 
 class FoldBackward(NamedTuple):
@@ -338,13 +339,14 @@ class Stages:
         """F3 to F4: fold a normalisation with batch statistics into a weight ``[W, K, 1, 1]``."""
         acc = accumulation_dtype(weight.dtype)
         wide_w, matrix_w = weight.flatten(1).double(), weight.flatten(1).to(acc)
-        var = algebra.folded_variance(wide_w, cov.double())
+        weight_cov = wide_w @ cov.double()
+        var = algebra.folded_variance(wide_w, weight_cov)
         moments = Moments((wide_w @ (mean_d + centre).double()).to(acc), var.to(acc))
         offset = algebra.folded_offset(wide_w, centre, mean_d.double(), None).to(acc)
         invstd = algebra.inverse_std(var, eps).to(acc)
         scale = algebra.bn_scale(gamma, invstd)
         folded = algebra.fold(matrix_w, scale, offset, beta, mean_d.to(acc), weight.dtype)
-        return FoldForward(folded, moments, invstd, offset)
+        return FoldForward(folded, moments, invstd, offset, weight_cov.to(acc))
 
     def tail_forward(
         self, terms: Sequence[FoldedTerm], residuals: Sequence[Tensor], channels_last: bool
@@ -381,18 +383,21 @@ class Stages:
         offset: Tensor,
         centre: Tensor,
         mean_d: Tensor | None,
-        cov: Tensor | None,
+        weight_cov: Tensor | None,
         a: Tensor,
         s: Tensor,
         sum_g: Tensor,
         count: int,
     ) -> FoldBackward:
-        """B1 to B2: from ``S = g^T D`` and sum_g over count pixels; cov None: fixed statistics."""
+        """B1 to B2: from ``S = g^T D`` and sum_g over count pixels.
+
+        mean_d and weight_cov None: fixed statistics.
+        """
         matrix_w = weight.flatten(1).to(invstd.dtype)
         scale = algebra.bn_scale(gamma, invstd)
         dgamma = algebra.folded_dgamma(matrix_w, invstd, offset, s, sum_g)
         dweight = algebra.folded_dweight(
-            matrix_w, scale, invstd, centre, mean_d, cov, s, sum_g, dgamma, self._matrix_product
+            scale, invstd, centre, mean_d, weight_cov, s, sum_g, dgamma
         )
         coefficients = algebra.folded_operand_grad(
             matrix_w, a, scale, invstd, mean_d, sum_g, dgamma, count, self._matrix_product

@@ -3,7 +3,7 @@
 conv3+bn3 and the downsample are such units. Two exact ways:
 
 * *gram*: statistics from the operand's mean and covariance, BN folded into the weights in forward
-  and backward (algebra.py). The convolution's output never exists. Costs ``2 Q K^2 + 3 W K^2``
+  and backward (algebra.py). The convolution's output never exists. Costs ``2 Q K^2 + 2 W K^2``
   multiply-adds more than the convolutions.
 * *product*: the output is computed into scratch, normalised from there and computed again in
   backward. Costs ``Q K W`` more, and passes over the wide scratch.
@@ -27,13 +27,15 @@ from .units import Unit, UnitGrads, UnitState, bias_grad, conv_grad, unit_grads
 
 class TailState(NamedTuple):
     """What backward needs of a tail unit: centre ``[K]``, invstd and offset ``[W]``, and for the
-    gram way mean_d ``[K]`` and cov ``[K, K]``."""
+    gram way mean_d ``[K]`` and weight_cov ``[W, K]``.
+
+    The product and not cov: rounding it keeps what the differences in it have left."""
 
     centre: Tensor
     invstd: Tensor
     offset: Tensor
     mean_d: Tensor | None = None
-    cov: Tensor | None = None
+    weight_cov: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """The tensors to keep; ``unpack_states`` is the inverse."""
@@ -92,11 +94,10 @@ def _folded_forward(unit: Unit, stages: Stages, operand: Operand) -> TailForward
     assert centre is not None
     if unit.batch:
         mean_d, cov = stages.gram(operand)
-        folded, moments, invstd, offset = stages.fold(
+        folded, moments, invstd, offset, weight_cov = stages.fold(
             unit.weight, unit.gamma, unit.beta, unit.eps, centre, mean_d, cov
         )
-        # Backward takes no difference of theirs: the accumulation dtype is enough for it.
-        state = TailState(centre, invstd, offset, mean_d.to(invstd.dtype), cov.to(invstd.dtype))
+        state = TailState(centre, invstd, offset, mean_d.to(invstd.dtype), weight_cov)
     else:
         moments = unit.fixed_moments()
         folded, state = _fold_fixed(unit, centre, moments)
@@ -135,9 +136,9 @@ def folded_backward(
     unit: Unit, stages: Stages, state: TailState, a: Tensor, s: Tensor, sum_g: Tensor, count: int
 ) -> TailBackward:
     """Parameter gradients and operand-gradient coefficients from ``S = g^T D`` and sum_g."""
-    centre, invstd, offset, mean_d, cov = state
+    centre, invstd, offset, mean_d, weight_cov = state
     dgamma, dweight, coefficients = stages.fold_backward(
-        unit.weight, unit.gamma, invstd, offset, centre, mean_d, cov, a, s, sum_g, count
+        unit.weight, unit.gamma, invstd, offset, centre, mean_d, weight_cov, a, s, sum_g, count
     )
     dbias = torch.zeros_like(sum_g) if unit.batch else bias_grad(unit, unit.scale(invstd), sum_g)
     return TailBackward(UnitGrads(dweight, dbias, dgamma, sum_g), coefficients, None)

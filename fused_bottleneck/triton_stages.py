@@ -154,18 +154,18 @@ class TritonStages(JunctionStages):
         offset: Tensor,
         centre: Tensor,
         mean_d: Tensor | None,
-        cov: Tensor | None,
+        weight_cov: Tensor | None,
         a: Tensor,
         s: Tensor,
         sum_g: Tensor,
         count: int,
     ) -> FoldBackward:
-        if mean_d is None or cov is None:
+        if mean_d is None or weight_cov is None:
             return super().fold_backward(
-                weight, gamma, invstd, offset, centre, mean_d, cov, a, s, sum_g, count
+                weight, gamma, invstd, offset, centre, mean_d, weight_cov, a, s, sum_g, count
             )
         return fold.fold_backward(
-            weight.contiguous(), gamma, invstd, offset, mean_d, cov, a, s, sum_g, count
+            weight.contiguous(), gamma, invstd, offset, mean_d, weight_cov, a, s, sum_g, count
         )
 
     def tail_wgrad(

@@ -86,7 +86,7 @@ class VendorStages(JunctionStages, PassStages):
         mean_d = mean_d.to(acc)
         folded, vectors = _passes.fold_rows(rows, product, gamma, beta, eps, centre, mean_d)
         mean, var, invstd, offset, shift = vectors.unbind()
-        return FoldForward(Folded(folded, shift), Moments(mean, var), invstd, offset)
+        return FoldForward(Folded(folded, shift), Moments(mean, var), invstd, offset, product)
 
     def tail_forward(
         self, terms: Sequence[FoldedTerm], residuals: Sequence[Tensor], channels_last: bool
@@ -111,18 +111,17 @@ class VendorStages(JunctionStages, PassStages):
         offset: Tensor,
         centre: Tensor,
         mean_d: Tensor | None,
-        cov: Tensor | None,
+        weight_cov: Tensor | None,
         a: Tensor,
         s: Tensor,
         sum_g: Tensor,
         count: int,
     ) -> FoldBackward:
-        """Two kernels and, with batch statistics, two products."""
+        """Two kernels and, with batch statistics, a product."""
         rows = weight.flatten(1).contiguous()
         left = rows.to(s.dtype)
-        product = None if cov is None else self._matrix_product(left, cov)
         grad_weight, dgamma, scaled = _passes.fold_backward_rows(
-            rows, gamma, invstd, offset, centre, mean_d, product, s, sum_g, count
+            rows, gamma, invstd, offset, centre, mean_d, weight_cov, s, sum_g, count
         )
         if mean_d is None:
             return FoldBackward(dgamma, grad_weight, OperandGrad(a, None, None))

@@ -39,6 +39,7 @@ def _fold_kernel(
     mean_d_ptr,
     cov_ptr,
     folded_ptr,
+    weight_cov_ptr,
     vectors_ptr,
     W,
     K,
@@ -49,8 +50,8 @@ def _fold_kernel(
 ):
     """``var = rowsum((W cov) * W)``, ``Wf = round(gamma invstd W)``, ``shift = beta - Wf mean_d``.
 
-    W ``[W, K]``, cov ``[K, K]``; vectors ``[5, W]``: mean and variance of the convolution's
-    output, invstd, offset, shift. A program owns BLOCK_M rows. FLOPs: 2 W K^2.
+    W and W cov ``[W, K]``, cov ``[K, K]``; vectors ``[5, W]``: mean and variance of the
+    convolution's output, invstd, offset, shift. A program owns BLOCK_M rows. FLOPs: 2 W K^2.
     """
     offs_w = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_w = offs_w < W
@@ -64,6 +65,8 @@ def _fold_kernel(
         mean_d = tl.load(mean_d_ptr + offs_j, mask=mask_j, other=0.0)
         centre = tl.load(centre_ptr + offs_j, mask=mask_j, other=0.0)
         product = _weight_cov(w_ptr, cov_ptr, offs_w, mask_w, offs_j, K, BLOCK_M, BLOCK_K)
+        where = offs_w[:, None] * K + offs_j[None, :]
+        tl.store(weight_cov_ptr + where, product, mask=mask_w[:, None] & mask_j[None, :])
         var += tl.sum(product * w, 1)
         mean += tl.sum(w * (mean_d + centre)[None, :], 1)
         offset -= tl.sum(w * mean_d[None, :], 1)
@@ -103,6 +106,7 @@ def fold(
     """The junction of F3 and F4: see ``Stages.fold``. weight ``[W, K, 1, 1]``."""
     wide, channels = weight.shape[:2]
     folded = torch.empty((wide, channels), dtype=weight.dtype, device=weight.device)
+    weight_cov = torch.empty((wide, channels), dtype=torch.float32, device=weight.device)
     vectors = torch.empty((5, wide), dtype=torch.float32, device=weight.device)
     launch(
         _fold_kernel,
@@ -114,6 +118,7 @@ def fold(
         mean_d,
         cov,
         folded,
+        weight_cov,
         vectors,
         wide,
         channels,
@@ -124,7 +129,7 @@ def fold(
         config=FOLD,
     )
     mean, var, invstd, offset, shift = vectors.unbind()
-    return FoldForward(Folded(folded, shift), Moments(mean, var), invstd, offset)
+    return FoldForward(Folded(folded, shift), Moments(mean, var), invstd, offset, weight_cov)
 
 
 @triton.jit
@@ -172,7 +177,7 @@ def _fold_backward_kernel(
     invstd_ptr,
     offset_ptr,
     mean_d_ptr,
-    cov_ptr,
+    weight_cov_ptr,
     s_ptr,
     sum_g_ptr,
     grad_w_ptr,
@@ -182,12 +187,11 @@ def _fold_backward_kernel(
     count,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """``dgamma = invstd (rowsum(S * W) + offset sum_g)``, ``k = scale invstd dgamma / count`` and
     ``dW = scale (S - sum_g mean_d^T - dgamma invstd (W cov))``.
 
-    S ``[W, K]``; vectors ``[2, W]``: dgamma, k. A program owns BLOCK_M rows. FLOPs: 2 W K^2.
+    S, W cov ``[W, K]``; vectors ``[2, W]``: dgamma, k. A program owns BLOCK_M rows.
     """
     offs_w = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_w = offs_w < W
@@ -209,7 +213,7 @@ def _fold_backward_kernel(
         mask_j = offs_j < K
         grad = tile(s_ptr, offs_w, mask_w, K, offs_j, mask_j)
         grad -= sum_g[:, None] * tl.load(mean_d_ptr + offs_j, mask=mask_j, other=0.0)[None, :]
-        product = _weight_cov(w_ptr, cov_ptr, offs_w, mask_w, offs_j, K, BLOCK_M, BLOCK_K)
+        product = tile(weight_cov_ptr, offs_w, mask_w, K, offs_j, mask_j)
         grad = scale[:, None] * (grad - (dgamma * invstd)[:, None] * product)
         where = offs_w[:, None] * K + offs_j[None, :]
         grad = grad.to(grad_w_ptr.dtype.element_ty)
@@ -281,7 +285,7 @@ def fold_backward(
     invstd: Tensor,
     offset: Tensor,
     mean_d: Tensor,
-    cov: Tensor,
+    weight_cov: Tensor,
     a: Tensor,
     s: Tensor,
     sum_g: Tensor,
@@ -301,7 +305,7 @@ def fold_backward(
         invstd,
         offset,
         mean_d,
-        cov,
+        weight_cov,
         s,
         sum_g,
         grad_weight,
@@ -311,7 +315,6 @@ def fold_backward(
         count,
         BLOCK_M=FOLD.block_m,
         BLOCK_N=FOLD.block_n,
-        BLOCK_K=FOLD.block_k,
         config=FOLD,
     )
     b = torch.empty((channels, channels), dtype=weight.dtype, device=device)
