@@ -85,6 +85,12 @@ def asked() -> Iterator[list[Problem]]:
         _asked = previous
 
 
+def is_even(*sizes: tuple[int, int]) -> bool:
+    """The constant EVEN of a kernel: whether blocks divide all channels, given as (channels,
+    block), so that no element is to be masked for its channel (prologues.below)."""
+    return all(size % block == 0 for size, block in sizes)
+
+
 # The end of a stage's name where it computes a convolution's operand on load.
 ON_LOAD = "_on_load"
 

@@ -35,6 +35,7 @@ def _grad_product(
     grad_ptr, bits_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, start, end, pid_w, pid_k,
     W, K, OH, OW, H, W_IN, SH: tl.constexpr, SW: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     AWAIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """A block of ``g^T D`` over the pixels start to end, and g's column sums in 16 lanes."""
     offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -44,12 +45,13 @@ def _grad_product(
         offs_q = q + tl.arange(0, BLOCK_K)
         mask_q = offs_q < end
         g = load_masked_grad(
-            grad_ptr, bits_ptr, offs_q.to(tl.int64), mask_q, W, pid_w * BLOCK_M, BLOCK_K, BLOCK_M
-        )
+            grad_ptr, bits_ptr, offs_q.to(tl.int64), mask_q, W, pid_w * BLOCK_M, BLOCK_K, BLOCK_M,
+            EVEN,
+        )  # fmt: skip
         sums += lane_sums(g, BLOCK_K, BLOCK_M)
         d = load_operand(
             y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, offs_q, mask_q, offs_k, K,
-            OH, OW, H, W_IN, SH, SW,
+            OH, OW, H, W_IN, SH, SW, EVEN,
         )  # fmt: skip
         acc = product(tl.trans(g), d, acc, INPUT_PRECISION, AWAIT)
     return acc, sums
@@ -83,6 +85,7 @@ def _tail_wgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """B1: ``S = g^T D`` and the column sums of g over ROWS pixels; of D_x too (x_ptr not None).
 
@@ -105,7 +108,7 @@ def _tail_wgrad_kernel(
         acc, sums = _grad_product(
             grad_ptr, bits_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, start, end,
             pid_w, pid_k, W, K, OH, OW, OH, OW, 1, 1, INPUT_PRECISION, AWAIT, BLOCK_M, BLOCK_N,
-            BLOCK_K,
+            BLOCK_K, EVEN,
         )  # fmt: skip
         offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
         where = offs_w[:, None] * K + offs_k[None, :]
@@ -116,7 +119,7 @@ def _tail_wgrad_kernel(
         acc, sums = _grad_product(
             grad_ptr, bits_ptr, x_ptr, None, None, None, x_centre_ptr, start, end, pid_w,
             pid_k - blocks_k, W, C, OH, OW, H, W_IN, SH, SW, INPUT_PRECISION, AWAIT, BLOCK_M,
-            BLOCK_N, BLOCK_K,
+            BLOCK_N, BLOCK_K, EVEN,
         )  # fmt: skip
         offs_c = (pid_k - blocks_k) * BLOCK_N + tl.arange(0, BLOCK_N)
         where = W * K + offs_w[:, None] * C + offs_c[None, :]
@@ -167,6 +170,9 @@ def tail_wgrad(
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,
+        EVEN=config.is_even(
+            (wide, cfg.block_m), (channels, cfg.block_n), (x_channels, cfg.block_n)
+        ),
         config=cfg,
     )
     total = products_of(partial, torch.empty(size, dtype=torch.float32, device=device))
@@ -332,7 +338,7 @@ def conv_wgrad(
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,
         POINTWISE=kh * kw == 1 and geometry == POINTWISE,
-        EVEN=out_channels % cfg.block_m == 0 and channels % cfg.block_n == 0,
+        EVEN=config.is_even((out_channels, cfg.block_m), (channels, cfg.block_n)),
         config=cfg,
     )
     out = torch.empty(
