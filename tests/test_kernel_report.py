@@ -18,7 +18,7 @@ from benchmarks.traffic import fused_bytes, fused_extra_flops, step_flops
 
 @pytest.fixture(scope="module")
 def rows() -> list[kernel_report.Row]:
-    return kernel_report.call_rows("bf16", 256)
+    return kernel_report.call_rows("bf16", 256, kernel_report.MACHINES["H200"])
 
 
 @pytest.mark.parametrize("shape", RESNET50, ids=lambda shape: shape.name)

@@ -204,8 +204,8 @@ def _with_rows(problem: Problem, config: Config, multiprocessors: int) -> Config
 
 
 def _blocks(problem: Problem, architecture: tuple[int, int]) -> Config:
-    """Two programs or more per multiprocessor, so that one's epilogue hides behind another's
-    loads, and no spills: 16-bit blocks of 64x128 (64x64, 128x64 where n is 64) with 4 warps.
+    """Blocks without spills; with 4 warps, two programs or more fit a multiprocessor, so that one's
+    epilogue hides behind another's loads; with 8, where a block's reuse is worth more, mostly one.
     """
     stage, m, n, _, dtype = problem
     major = architecture[0]
