@@ -108,7 +108,7 @@ def moved_bytes(call: Call, name: str) -> float:
     return total
 
 
-EXACT = ("fold", "fold_backward", "operand_product")  # products in exact float32
+EXACT = ("weight_cov", "operand_product")  # products in exact float32
 
 _OPERATIONS: dict[str, Callable[[dict[str, Any]], float]] = {
     "conv1x1_forward": lambda v: 2 * v["P"] * v["C"] * v["N"],

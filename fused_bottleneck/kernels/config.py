@@ -32,10 +32,11 @@ def blocks(size: int, block: int) -> int:
 REDUCE = Config(block_m=1024, block_n=0, block_k=0, num_warps=4, num_stages=1)
 POINTWISE = Config(block_m=64, block_n=64, block_k=0, num_warps=4, num_stages=1)
 
-# The algebra of the folded units, in exact float32: rows of the weight; blocks of B; its shift.
-FOLD = Config(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=2)
+# The algebra of the folded units, in exact float32: rows of the weight; blocks of its products with
+# the covariance and with itself; the shift.
+FOLD = Config(block_m=16, block_n=128, block_k=0, num_warps=4, num_stages=2)
 FOLD_PRODUCT = Config(block_m=32, block_n=32, block_k=32, num_warps=4, num_stages=2)
-FOLD_SHIFT = Config(block_m=0, block_n=32, block_k=32, num_warps=4, num_stages=2)
+FOLD_SHIFT = Config(block_m=0, block_n=32, block_k=128, num_warps=4, num_stages=2)
 
 # Combining products over pixels: elements in flight in a program, parts of them at most.
 _COMBINED, _MOST_PARTS = 2048, 32

@@ -13,21 +13,53 @@ from ..algebra import Folded, OperandGrad
 from ..stages import FoldBackward, FoldForward, Moments
 from .config import FOLD, FOLD_PRODUCT, FOLD_SHIFT, blocks
 from .launch import launch
-from .prologues import tile
+from .prologues import put_tile, tile
 
 
 @triton.jit
-def _weight_cov(
-    w_ptr, cov_ptr, rows, mask_w, offs_j, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+def _weight_cov_kernel(
+    w_ptr,
+    cov_ptr,
+    product_ptr,
+    W,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """The block ``(W cov)[rows, offs_j]``; cov is symmetric."""
-    acc = tl.zeros([BLOCK_M, offs_j.shape[0]], tl.float32)
+    """``W cov`` ``[W, K]``; cov is symmetric. A program owns a block. FLOPs: 2 W K^2."""
+    pid = tl.program_id(0)
+    offs_j = pid % tl.cdiv(K, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_w = pid // tl.cdiv(K, BLOCK_N) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_w, mask_j = offs_w < W, offs_j < K
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        w = tile(w_ptr, rows, mask_w, K, offs_k, offs_k < K).to(tl.float32)
-        cov = tile(cov_ptr, offs_k, offs_k < K, K, offs_j, offs_j < K)
+        w = tile(w_ptr, offs_w, mask_w, K, offs_k, offs_k < K).to(tl.float32)
+        cov = tile(cov_ptr, offs_k, offs_k < K, K, offs_j, mask_j)
         acc = tl.dot(w, cov, acc, input_precision="ieee")
-    return acc
+    put_tile(product_ptr, offs_w, mask_w, K, offs_j, mask_j, acc)
+
+
+def _weight_cov(weight: Tensor, cov: Tensor) -> Tensor:
+    """``W cov`` ``[W, K]``, float32, for the kernels of a row each: in them it would be a chain of
+    steps in few programs."""
+    wide, channels = weight.shape[:2]
+    product = torch.empty((wide, channels), dtype=torch.float32, device=weight.device)
+    launch(
+        _weight_cov_kernel,
+        (blocks(wide, FOLD_PRODUCT.block_m) * blocks(channels, FOLD_PRODUCT.block_n),),
+        weight,
+        cov,
+        product,
+        wide,
+        channels,
+        BLOCK_M=FOLD_PRODUCT.block_m,
+        BLOCK_N=FOLD_PRODUCT.block_n,
+        BLOCK_K=FOLD_PRODUCT.block_k,
+        config=FOLD_PRODUCT,
+    )
+    return product
 
 
 @triton.jit
@@ -37,7 +69,7 @@ def _fold_kernel(
     beta_ptr,
     centre_ptr,
     mean_d_ptr,
-    cov_ptr,
+    product_ptr,
     folded_ptr,
     vectors_ptr,
     W,
@@ -45,12 +77,11 @@ def _fold_kernel(
     eps,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """``var = rowsum((W cov) * W)``, ``Wf = round(gamma invstd W)``, ``shift = beta - Wf mean_d``.
 
-    W ``[W, K]``, cov ``[K, K]``; vectors ``[5, W]``: mean and variance of the convolution's
-    output, invstd, offset, shift. A program owns BLOCK_M rows. FLOPs: 2 W K^2.
+    W and ``W cov`` ``[W, K]``; vectors ``[5, W]``: mean and variance of the convolution's output,
+    invstd, offset, shift. A program owns BLOCK_M rows.
     """
     offs_w = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_w = offs_w < W
@@ -63,7 +94,7 @@ def _fold_kernel(
         w = tile(w_ptr, offs_w, mask_w, K, offs_j, mask_j).to(tl.float32)
         mean_d = tl.load(mean_d_ptr + offs_j, mask=mask_j, other=0.0)
         centre = tl.load(centre_ptr + offs_j, mask=mask_j, other=0.0)
-        product = _weight_cov(w_ptr, cov_ptr, offs_w, mask_w, offs_j, K, BLOCK_M, BLOCK_K)
+        product = tile(product_ptr, offs_w, mask_w, K, offs_j, mask_j)
         var += tl.sum(product * w, 1)
         mean += tl.sum(w * (mean_d + centre)[None, :], 1)
         offset -= tl.sum(w * mean_d[None, :], 1)
@@ -112,7 +143,7 @@ def fold(
         beta,
         centre,
         mean_d,
-        cov,
+        _weight_cov(weight, cov),
         folded,
         vectors,
         wide,
@@ -120,7 +151,6 @@ def fold(
         eps,
         BLOCK_M=FOLD.block_m,
         BLOCK_N=FOLD.block_n,
-        BLOCK_K=FOLD.block_k,
         config=FOLD,
     )
     mean, var, invstd, offset, shift = vectors.unbind()
@@ -172,7 +202,7 @@ def _fold_backward_kernel(
     invstd_ptr,
     offset_ptr,
     mean_d_ptr,
-    cov_ptr,
+    product_ptr,
     s_ptr,
     sum_g_ptr,
     grad_w_ptr,
@@ -182,12 +212,11 @@ def _fold_backward_kernel(
     count,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """``dgamma = invstd (rowsum(S * W) + offset sum_g)``, ``k = scale invstd dgamma / count`` and
     ``dW = scale (S - sum_g mean_d^T - dgamma invstd (W cov))``.
 
-    S ``[W, K]``; vectors ``[2, W]``: dgamma, k. A program owns BLOCK_M rows. FLOPs: 2 W K^2.
+    S and ``W cov`` ``[W, K]``; vectors ``[2, W]``: dgamma, k. A program owns BLOCK_M rows.
     """
     offs_w = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_w = offs_w < W
@@ -209,7 +238,7 @@ def _fold_backward_kernel(
         mask_j = offs_j < K
         grad = tile(s_ptr, offs_w, mask_w, K, offs_j, mask_j)
         grad -= sum_g[:, None] * tl.load(mean_d_ptr + offs_j, mask=mask_j, other=0.0)[None, :]
-        product = _weight_cov(w_ptr, cov_ptr, offs_w, mask_w, offs_j, K, BLOCK_M, BLOCK_K)
+        product = tile(product_ptr, offs_w, mask_w, K, offs_j, mask_j)
         grad = scale[:, None] * (grad - (dgamma * invstd)[:, None] * product)
         where = offs_w[:, None] * K + offs_j[None, :]
         grad = grad.to(grad_w_ptr.dtype.element_ty)
@@ -301,7 +330,7 @@ def fold_backward(
         invstd,
         offset,
         mean_d,
-        cov,
+        _weight_cov(weight, cov),
         s,
         sum_g,
         grad_weight,
@@ -311,7 +340,6 @@ def fold_backward(
         count,
         BLOCK_M=FOLD.block_m,
         BLOCK_N=FOLD.block_n,
-        BLOCK_K=FOLD.block_k,
         config=FOLD,
     )
     b = torch.empty((channels, channels), dtype=weight.dtype, device=device)
