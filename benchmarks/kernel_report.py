@@ -2,7 +2,8 @@
 
 Needs no GPU. Two tables, printed and written as CSV: every distinct kernel with its configuration
 and what the compiler made of it for each architecture; and for every ResNet-50 shape the bytes,
-operations and floor of each kernel call of a training step, with the sum over the network.
+operations and floor of each kernel call of a training step, with the sum over the network; and
+what Hopper takes to issue its instructions (issue.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.compiled import Specialisation, Usage, compile_for, distinct, specialise, step_calls
+from benchmarks.issue import issue_seconds
 from benchmarks.records import RESULTS
 from benchmarks.shapes import RESNET50, BlockShape
 from benchmarks.tables import markdown
@@ -30,17 +32,24 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Machine:
-    """Measured peaks of an H200: bytes per second of a copy, operations per second of products."""
+    """A GPU's peaks: bytes per second of a copy, operations per second of products ("exact": in
+    float32 without tensor cores)."""
 
-    bandwidth: float = 4.3e12
-    rates: tuple[tuple[str, float], ...] = (("bf16", 790e12), ("fp16", 790e12), ("fp32", 395e12))
+    bandwidth: float
+    rates: tuple[tuple[str, float], ...] = (
+        ("bf16", 790e12),
+        ("fp16", 790e12),
+        ("fp32", 395e12),
+        ("exact", 60e12),
+    )
 
     def floor(self, dtype: str, moved: float, operations: float) -> float:
         """Seconds: the larger of the time to move the bytes and of that to do the operations."""
         return max(moved / self.bandwidth, operations / dict(self.rates)[dtype])
 
 
-H200 = Machine()
+# Measured on an H200; the H100 (SXM) has its multiprocessors, and a memory of 3.35 TB/s nominally.
+MACHINES = {"H200": Machine(4.3e12), "H100": Machine(3.0e12)}
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,8 @@ def moved_bytes(call: Call, name: str) -> float:
     return total
 
 
+EXACT = ("weight_cov", "operand_product")  # products in exact float32
+
 _OPERATIONS: dict[str, Callable[[dict[str, Any]], float]] = {
     "conv1x1_forward": lambda v: 2 * v["P"] * v["C"] * v["N"],
     "conv2d_forward": lambda v: 2 * v["Q"] * v["C"] * v["N"] * v["KH"] * v["KW"],
@@ -111,7 +122,7 @@ _OPERATIONS: dict[str, Callable[[dict[str, Any]], float]] = {
     ),
     "conv_wgrad": lambda v: 2 * v["Q"] * v["M"] * v["C"] * v["KH"] * v["KW"],
     "input_dgrad": lambda v: _input_dgrad_operations(v),
-}
+} | dict.fromkeys(EXACT, lambda v: 2 * v["W"] * v["K"] ** 2)
 
 
 def _input_dgrad_operations(v: dict[str, Any]) -> float:
@@ -159,19 +170,26 @@ def _compiled_row(spec: Specialisation, architecture: int, dtype: str) -> Row:
     }
 
 
-def call_rows(dtype: str, batch: int) -> list[Row]:
-    """A row for each kernel call of one training step of each shape."""
+def call_rows(dtype: str, batch: int, machine: Machine, issue: bool = False) -> list[Row]:
+    """A row for each kernel call of one training step of each shape.
+
+    issue: with the time to issue its instructions on Hopper, which compiles it.
+    """
     rows = []
     for shape in RESNET50:
         forward, backward = step_calls(shape, batch, DTYPES[dtype])
         for call in forward + backward:
-            rows.append(_call_row(shape, call, dtype))
+            row = _call_row(shape, call, dtype, machine)
+            if issue:
+                row["issue_us"] = 1e6 * issue_seconds(call, _values(call))
+            rows.append(row)
     return rows
 
 
-def _call_row(shape: BlockShape, call: Call, dtype: str) -> Row:
+def _call_row(shape: BlockShape, call: Call, dtype: str, machine: Machine) -> Row:
     spec = specialise(call)
     moved, count = moved_bytes(call, spec.name), operations(call, spec.name)
+    rate = "exact" if spec.name in EXACT else dtype
     return {
         "shape": shape.name,
         "count": shape.count,
@@ -182,20 +200,24 @@ def _call_row(shape: BlockShape, call: Call, dtype: str) -> Row:
         "programs": call.grid[0],
         "bytes": moved,
         "operations": count,
-        "floor_us": 1e6 * H200.floor(dtype, moved, count),
+        "floor_us": 1e6 * machine.floor(rate, moved, count),
     }
+
+
+_SUMMED = ("bytes", "operations", "floor_us")
 
 
 def shape_rows(rows: Sequence[Row], dtype: str, batch: int) -> list[Row]:
     """The sums of a step of each shape, and of the network's sixteen blocks."""
     itemsize = DTYPES[dtype].itemsize
+    summed = [key for key in (*_SUMMED, "issue_us") if key in rows[0]]
     sums = []
     for shape in RESNET50:
         mine = [row for row in rows if row["shape"] == shape.name]
-        total = {key: sum(row[key] for row in mine) for key in ("bytes", "operations", "floor_us")}
+        total = {key: sum(row[key] for row in mine) for key in summed}
         plan = fused_bytes(shape, batch, itemsize)
         sums.append({"shape": shape.name, "count": shape.count, **total, "plan_bytes": plan})
-    keys = ("bytes", "operations", "floor_us", "plan_bytes")
+    keys = [*summed, "plan_bytes"]
     network = {key: sum(row[key] * row["count"] for row in sums) for key in keys}
     return [*sums, {"shape": "all sixteen blocks", "count": 1, **network}]
 
@@ -227,10 +249,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--machine", choices=MACHINES, default="H200")
     parser.add_argument("--architectures", type=int, nargs="*", default=list(ARCHITECTURES))
     parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the CSV files")
     options = parser.parse_args(arguments)
-    calls = call_rows(options.dtype, options.batch)
+    machine, compiles = MACHINES[options.machine], bool(options.architectures)
+    calls = call_rows(options.dtype, options.batch, machine, issue=compiles)
     sums = shape_rows(calls, options.dtype, options.batch)
     tables = {"kernel_calls": calls, "kernel_floors": sums}
     if options.architectures:

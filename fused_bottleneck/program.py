@@ -128,7 +128,9 @@ def _tails_backward(
 ) -> list[TailBackward]:
     """B1 and the coefficients of the tail units: one pass over g for the folded ones."""
     pairs = zip(units, states, strict=True)
-    folded = [i for i, (unit, state) in enumerate(pairs) if state.weight_cov is not None or not unit.batch]
+    folded = [
+        i for i, (unit, state) in enumerate(pairs) if state.weight_cov is not None or not unit.batch
+    ]
     results: dict[int, TailBackward] = {}
     if folded:
         weights = [tail.operand_weight(units[i], stages, states[i]) for i in folded]

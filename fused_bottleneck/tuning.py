@@ -174,7 +174,11 @@ class _Session:
         return tried[times.index(min(times))]
 
     def _time(self, call: Callable[[], Any], problem: Problem, candidate: Config) -> float:
-        """Milliseconds of the call with a candidate; infinite where it does not fit the GPU."""
+        """Milliseconds of the call with a candidate; infinite where it does not fit the GPU.
+
+        Triton's own passes fail with a plain RuntimeError, a message that starts with theirs; any
+        other is not the candidate's fault, and is raised.
+        """
         from triton.compiler.errors import CompilationError
         from triton.runtime.errors import OutOfResources, PTXASError
         from triton.testing import do_bench
@@ -185,6 +189,10 @@ class _Session:
             try:
                 call()
             except (OutOfResources, PTXASError, CompilationError):
+                return float("inf")
+            except RuntimeError as error:
+                if not str(error).startswith("PassManager::run failed"):
+                    raise
                 return float("inf")
             return do_bench(call, warmup=WARMUP_MS, rep=REPEAT_MS, return_mode="median")
 

@@ -31,7 +31,14 @@ from torch import Tensor, nn
 
 import fused_bottleneck
 from benchmarks.shapes import RESNET50, BlockShape
-from fused_bottleneck import Bottleneck, ConvBNReLU, FusedBottleneck, FusedConvBNReLU, dispatch
+from fused_bottleneck import (
+    Bottleneck,
+    ConvBNReLU,
+    FusedBottleneck,
+    FusedConvBNReLU,
+    dispatch,
+    rules,
+)
 from fused_bottleneck.kernels import config, tuned
 from fused_bottleneck.operands import MaskedGrad, matrix
 from fused_bottleneck.stages import Stages, pack_bits
@@ -169,6 +176,16 @@ def test_stage(
     for ours, theirs in zip(got, want, strict=True):
         atol = SAME[precision] * float(theirs.abs().max())
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("stage", ["F2", "B3", "B3, fixed", "B4", "B5", "B6, downsample"])
+def test_operands_computed_on_load(
+    stage: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way that the rules do not take for these stages."""
+    monkeypatch.setattr(rules, "LEAST_READS_TO_WRITE", 99)
+    test_stage(stage, precision, WIDER, monkeypatch)
 
 
 # The block.

@@ -32,7 +32,7 @@ PRECISIONS = {
 # float16 has bfloat16's blocks and its instructions but for the conversions: once is enough.
 CASES = [(p, a) for a in ARCHITECTURES for p in PRECISIONS if p != "float16" or a == 90]
 # Kernels whose products are in exact float32 whatever the activations are.
-EXACT = ("fold", "fold_backward", "operand_product")
+EXACT = ("weight_cov", "operand_product")
 
 
 @pytest.fixture
@@ -127,6 +127,17 @@ def test_keys_are_those_of_launches() -> None:
         launched = ASTSource(kernel, signature, constants, attributes)
         assert compiled.source(spec).hash() == launched.hash(), spec.name
         assert backend.parse_options(options).hash() == parsed.hash(), spec.name
+
+
+def test_warm_up_covers_a_step() -> None:
+    """All kernels of a block under autocast and of one in bfloat16 altogether."""
+    from benchmarks import compiled, warm_up
+    from benchmarks.shapes import RESNET50
+
+    ahead = set(warm_up.specialisations(["bf16"], 90))
+    for affine in (torch.float32, torch.bfloat16):
+        calls = compiled.step_calls(RESNET50[3], 64, torch.bfloat16, affine=affine)
+        assert set(compiled.distinct(calls[0] + calls[1])) <= ahead
 
 
 LISTING = """

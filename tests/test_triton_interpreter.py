@@ -73,6 +73,19 @@ def test_stage(stage: str, dtype: torch.dtype) -> None:
 
 @interpreted
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    "stage",
+    ["F1", "F2", "F3, strided input", "F4, downsample", "B1, B2", "B3", "B4", "B6, downsample"],
+)
+def test_even_blocks(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels that are whole blocks, so that the kernels mask none."""
+    for name, value in {"C": 64, "M": 32}.items():
+        monkeypatch.setattr(test_stages, name, value)
+    assert_same(STAGES[stage], torch.float32)
+
+
+@interpreted
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("stage", ["F2", "B3", "B3, fixed", "B4", "B5", "B6, identity"])
 def test_operands_computed_on_load(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way that the rules do not take for these stages."""

@@ -1,6 +1,7 @@
 """Configurations: their defaults, what tuning tries, and the file that keeps what it found."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import fused_bottleneck
 from benchmarks.shapes import RESNET50
 from benchmarks.shapes import BlockShape as ResnetShape
-from fused_bottleneck import BlockShape, FusedBottleneck
+from fused_bottleneck import BlockShape, FusedBottleneck, tuning
 from fused_bottleneck.kernels import config, tuned
 from fused_bottleneck.kernels.tuned import Config, Problem
 
@@ -130,6 +131,21 @@ def test_choice_can_be_overridden_and_listed() -> None:
             assert config.choose(*problem[:4], like) == other
         assert config.choose(*problem[:4], like) == config.default(problem, HOPPER)
     assert problems == [problem] * 3
+
+
+def test_failing_candidates_lose() -> None:
+    """What Triton's passes do not compile is infinitely slow; any other error is raised."""
+    pytest.importorskip("triton")
+    session = tuning._Session.__new__(tuning._Session)
+    candidate = Config(64, 64, 64)
+
+    def failing(message: str) -> None:
+        raise RuntimeError(message)
+
+    call = partial(failing, "PassManager::run failed")
+    assert session._time(call, PROBLEMS[0], candidate) == float("inf")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        session._time(partial(failing, "illegal memory access"), PROBLEMS[0], candidate)
 
 
 def test_tuning_needs_a_gpu_and_an_input() -> None:

@@ -32,10 +32,11 @@ def blocks(size: int, block: int) -> int:
 REDUCE = Config(block_m=1024, block_n=0, block_k=0, num_warps=4, num_stages=1)
 POINTWISE = Config(block_m=64, block_n=64, block_k=0, num_warps=4, num_stages=1)
 
-# The algebra of the folded units, in exact float32: rows of the weight; blocks of B; its shift.
-FOLD = Config(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=2)
+# The algebra of the folded units, in exact float32: rows of the weight; blocks of its products with
+# the covariance and with itself; the shift.
+FOLD = Config(block_m=16, block_n=128, block_k=0, num_warps=4, num_stages=2)
 FOLD_PRODUCT = Config(block_m=32, block_n=32, block_k=32, num_warps=4, num_stages=2)
-FOLD_SHIFT = Config(block_m=0, block_n=32, block_k=32, num_warps=4, num_stages=2)
+FOLD_SHIFT = Config(block_m=0, block_n=32, block_k=128, num_warps=4, num_stages=2)
 
 # Combining products over pixels: elements in flight in a program, parts of them at most.
 _COMBINED, _MOST_PARTS = 2048, 32
@@ -83,6 +84,12 @@ def asked() -> Iterator[list[Problem]]:
         yield _asked
     finally:
         _asked = previous
+
+
+def is_even(*sizes: tuple[int, int]) -> bool:
+    """The constant EVEN of a kernel: whether blocks divide all channels, given as (channels,
+    block), so that no element is to be masked for its channel (prologues.below)."""
+    return all(size % block == 0 for size, block in sizes)
 
 
 # The end of a stage's name where it computes a convolution's operand on load.
@@ -198,8 +205,8 @@ def _with_rows(problem: Problem, config: Config, multiprocessors: int) -> Config
 
 
 def _blocks(problem: Problem, architecture: tuple[int, int]) -> Config:
-    """Two programs or more per multiprocessor, so that one's epilogue hides behind another's
-    loads, and no spills: 16-bit blocks of 64x128 (64x64, 128x64 where n is 64) with 4 warps.
+    """Blocks without spills; with 4 warps, two programs or more fit a multiprocessor, so that one's
+    epilogue hides behind another's loads; with 8, where a block's reuse is worth more, mostly one.
     """
     stage, m, n, _, dtype = problem
     major = architecture[0]

@@ -13,6 +13,7 @@ from . import config
 from .config import blocks
 from .launch import grad_pointers, launch
 from .prologues import (
+    below,
     cdiv,
     channels,
     load_centred,
@@ -40,6 +41,7 @@ def _conv1x1_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """F1: ``y = x W^T`` and mean, M2 of every tile of y.
 
@@ -51,13 +53,14 @@ def _conv1x1_forward_kernel(
     part = pid // cdiv(N, BLOCK_N)
     offs_n = pid % cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_p = part * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_p, mask_n = offs_p < P, offs_n < N
+    mask_p, mask_n = offs_p < P, below(offs_n, N, EVEN)
     rows = offs_p.to(tl.int64)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, C, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        x = tile(x_ptr, rows, mask_p, C, offs_k, offs_k < C)
-        w = tile(w_ptr, offs_n, mask_n, C, offs_k, offs_k < C)
+        mask_k = below(offs_k, C, EVEN)
+        x = tile(x_ptr, rows, mask_p, C, offs_k, mask_k)
+        w = tile(w_ptr, offs_n, mask_n, C, offs_k, mask_k)
         acc = tl.dot(x, tl.trans(w), acc, input_precision=INPUT_PRECISION)
     y = acc.to(y_ptr.dtype.element_ty)
     put_tile(y_ptr, rows, mask_p, N, offs_n, mask_n, y)
@@ -91,6 +94,7 @@ def conv1x1_forward(x: Tensor, weight: Tensor, precision: str) -> tuple[Tensor, 
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,
+        EVEN=config.is_even((in_channels, cfg.block_k), (out_channels, cfg.block_n)),
         config=cfg,
     )
     return y, moments_of(partial, rows, cfg.block_m)
@@ -116,19 +120,21 @@ def _add_downsample(
     AWAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """``acc + g a + D b + shift`` for the pixels rows_q of g, rows of x; b_ptr None: ``g a``."""
-    mask_n = offs_n < N
+    mask_n = below(offs_n, N, EVEN)
     for k in range(0, W, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        g = load_masked_grad(grad_ptr, bits_ptr, rows_q, mask_p, W, k, BLOCK_M, BLOCK_K)
-        a = tile(a_ptr, offs_k, offs_k < W, N, offs_n, mask_n)
+        g = load_masked_grad(grad_ptr, bits_ptr, rows_q, mask_p, W, k, BLOCK_M, BLOCK_K, EVEN)
+        a = tile(a_ptr, offs_k, below(offs_k, W, EVEN), N, offs_n, mask_n)
         acc = product(g, a, acc, INPUT_PRECISION, AWAIT)
     if b_ptr is not None:
         for k in range(0, N, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
-            d = load_centred(x_ptr, centre_ptr, rows, mask_p, N, offs_k, offs_k < N)
-            b = tile(b_ptr, offs_k, offs_k < N, N, offs_n, mask_n)
+            mask_k = below(offs_k, N, EVEN)
+            d = load_centred(x_ptr, centre_ptr, rows, mask_p, N, offs_k, mask_k)
+            b = tile(b_ptr, offs_k, mask_k, N, offs_n, mask_n)
             acc = product(d, b, acc, INPUT_PRECISION, AWAIT)
         acc += channels(shift_ptr, offs_n, mask_n)
     return acc
@@ -165,6 +171,7 @@ def _input_dgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """B6: ``grad_x = dy1 W1`` (RESIDUAL none), ``+ g`` (identity), ``+ g a + D b + shift`` at the
     strided pixels (downsample).
@@ -181,7 +188,7 @@ def _input_dgrad_kernel(
     first_h, first_w = pid % (SH * SW) // SW, pid % SW
     rows_h, rows_w = (H - first_h + SH - 1) // SH, (W_IN - first_w + SW - 1) // SW
     offs_q = pid // (SH * SW) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_p, mask_n = offs_q < images * rows_h * rows_w, offs_n < N
+    mask_p, mask_n = offs_q < images * rows_h * rows_w, below(offs_n, N, EVEN)
     rows_q = offs_q.to(tl.int64)
     if SH == 1 and SW == 1:
         rows = rows_q
@@ -193,7 +200,7 @@ def _input_dgrad_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, M, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < M
+        mask_k = below(offs_k, M, EVEN)
         dy = load_conv_grad(
             g1_ptr, y1_ptr, mean_ptr, scale_ptr, k0_ptr, k1_ptr, rows, mask_p, M, offs_k, mask_k
         )
@@ -206,11 +213,11 @@ def _input_dgrad_kernel(
         if pid % (SH * SW) == 0:
             acc = _add_downsample(
                 acc, grad_ptr, bits_ptr, a_ptr, x_ptr, centre_ptr, b_ptr, shift_ptr, rows_q, rows,
-                mask_p, offs_n, N, W, INPUT_PRECISION, AWAIT, BLOCK_M, BLOCK_K,
+                mask_p, offs_n, N, W, INPUT_PRECISION, AWAIT, BLOCK_M, BLOCK_K, EVEN,
             )  # fmt: skip
     if RESIDUAL == "identity":
         start = tl.multiple_of(tl.program_id(0) % cdiv(N, BLOCK_N) * BLOCK_N, BLOCK_N)
-        g = load_masked_grad(grad_ptr, bits_ptr, rows, mask_p, N, start, BLOCK_M, BLOCK_N)
+        g = load_masked_grad(grad_ptr, bits_ptr, rows, mask_p, N, start, BLOCK_M, BLOCK_N, EVEN)
         acc += g.to(tl.float32)
     put_tile(out_ptr, rows, mask_p, N, offs_n, mask_n, acc)
 
@@ -278,6 +285,12 @@ def input_dgrad(
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,
+        EVEN=config.is_even(
+            (out_channels, cfg.block_k),
+            (in_channels, cfg.block_n),
+            (in_channels, cfg.block_k),
+            (residual.channels, cfg.block_k),
+        ),
         config=cfg,
     )
     return out

@@ -122,7 +122,7 @@ def _steps(depth: int, width: int, cfg: Config) -> dict[str, int | bool]:
     """The steps over a product's inner channels (a constant, as loops divide by it), and whether
     the blocks divide both of its channels."""
     steps = blocks(depth, cfg.block_k)
-    even = depth == steps * cfg.block_k and width % cfg.block_n == 0
+    even = config.is_even((depth, cfg.block_k), (width, cfg.block_n))
     return {"STEPS": steps, "EVEN": even}
 
 

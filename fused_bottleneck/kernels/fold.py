@@ -13,21 +13,53 @@ from ..algebra import Folded, OperandGrad
 from ..stages import FoldBackward, FoldForward, Moments
 from .config import FOLD, FOLD_PRODUCT, FOLD_SHIFT, blocks
 from .launch import launch
-from .prologues import tile
+from .prologues import put_tile, tile
 
 
 @triton.jit
-def _weight_cov(
-    w_ptr, cov_ptr, rows, mask_w, offs_j, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+def _weight_cov_kernel(
+    w_ptr,
+    cov_ptr,
+    weight_cov_ptr,
+    W,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """The block ``(W cov)[rows, offs_j]``; cov is symmetric."""
-    acc = tl.zeros([BLOCK_M, offs_j.shape[0]], tl.float32)
+    """``W cov`` ``[W, K]``; cov is symmetric. A program owns a block. FLOPs: 2 W K^2."""
+    pid = tl.program_id(0)
+    offs_j = pid % tl.cdiv(K, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_w = pid // tl.cdiv(K, BLOCK_N) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_w, mask_j = offs_w < W, offs_j < K
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        w = tile(w_ptr, rows, mask_w, K, offs_k, offs_k < K).to(tl.float32)
-        cov = tile(cov_ptr, offs_k, offs_k < K, K, offs_j, offs_j < K)
+        w = tile(w_ptr, offs_w, mask_w, K, offs_k, offs_k < K).to(tl.float32)
+        cov = tile(cov_ptr, offs_k, offs_k < K, K, offs_j, mask_j)
         acc = tl.dot(w, cov, acc, input_precision="ieee")
-    return acc
+    put_tile(weight_cov_ptr, offs_w, mask_w, K, offs_j, mask_j, acc)
+
+
+def _weight_cov(weight: Tensor, cov: Tensor) -> Tensor:
+    """``W cov`` ``[W, K]``, float32, for the kernels of a row each: in them it would be a chain of
+    steps in few programs."""
+    wide, channels = weight.shape[:2]
+    product = torch.empty((wide, channels), dtype=torch.float32, device=weight.device)
+    launch(
+        _weight_cov_kernel,
+        (blocks(wide, FOLD_PRODUCT.block_m) * blocks(channels, FOLD_PRODUCT.block_n),),
+        weight,
+        cov,
+        product,
+        wide,
+        channels,
+        BLOCK_M=FOLD_PRODUCT.block_m,
+        BLOCK_N=FOLD_PRODUCT.block_n,
+        BLOCK_K=FOLD_PRODUCT.block_k,
+        config=FOLD_PRODUCT,
+    )
+    return product
 
 
 @triton.jit
@@ -37,21 +69,19 @@ def _fold_kernel(
     beta_ptr,
     centre_ptr,
     mean_d_ptr,
-    cov_ptr,
-    folded_ptr,
     weight_cov_ptr,
+    folded_ptr,
     vectors_ptr,
     W,
     K,
     eps,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
     """``var = rowsum((W cov) * W)``, ``Wf = round(gamma invstd W)``, ``shift = beta - Wf mean_d``.
 
-    W and W cov ``[W, K]``, cov ``[K, K]``; vectors ``[5, W]``: mean and variance of the
-    convolution's output, invstd, offset, shift. A program owns BLOCK_M rows. FLOPs: 2 W K^2.
+    W and ``W cov`` ``[W, K]``; vectors ``[5, W]``: mean and variance of the convolution's output,
+    invstd, offset, shift. A program owns BLOCK_M rows.
     """
     offs_w = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_w = offs_w < W
@@ -64,9 +94,7 @@ def _fold_kernel(
         w = tile(w_ptr, offs_w, mask_w, K, offs_j, mask_j).to(tl.float32)
         mean_d = tl.load(mean_d_ptr + offs_j, mask=mask_j, other=0.0)
         centre = tl.load(centre_ptr + offs_j, mask=mask_j, other=0.0)
-        product = _weight_cov(w_ptr, cov_ptr, offs_w, mask_w, offs_j, K, BLOCK_M, BLOCK_K)
-        where = offs_w[:, None] * K + offs_j[None, :]
-        tl.store(weight_cov_ptr + where, product, mask=mask_w[:, None] & mask_j[None, :])
+        product = tile(weight_cov_ptr, offs_w, mask_w, K, offs_j, mask_j)
         var += tl.sum(product * w, 1)
         mean += tl.sum(w * (mean_d + centre)[None, :], 1)
         offset -= tl.sum(w * mean_d[None, :], 1)
@@ -105,8 +133,8 @@ def fold(
 ) -> FoldForward:
     """The junction of F3 and F4: see ``Stages.fold``. weight ``[W, K, 1, 1]``."""
     wide, channels = weight.shape[:2]
+    weight_cov = _weight_cov(weight, cov)
     folded = torch.empty((wide, channels), dtype=weight.dtype, device=weight.device)
-    weight_cov = torch.empty((wide, channels), dtype=torch.float32, device=weight.device)
     vectors = torch.empty((5, wide), dtype=torch.float32, device=weight.device)
     launch(
         _fold_kernel,
@@ -116,16 +144,14 @@ def fold(
         beta,
         centre,
         mean_d,
-        cov,
-        folded,
         weight_cov,
+        folded,
         vectors,
         wide,
         channels,
         eps,
         BLOCK_M=FOLD.block_m,
         BLOCK_N=FOLD.block_n,
-        BLOCK_K=FOLD.block_k,
         config=FOLD,
     )
     mean, var, invstd, offset, shift = vectors.unbind()
@@ -191,7 +217,7 @@ def _fold_backward_kernel(
     """``dgamma = invstd (rowsum(S * W) + offset sum_g)``, ``k = scale invstd dgamma / count`` and
     ``dW = scale (S - sum_g mean_d^T - dgamma invstd (W cov))``.
 
-    S, W cov ``[W, K]``; vectors ``[2, W]``: dgamma, k. A program owns BLOCK_M rows.
+    S and ``W cov`` ``[W, K]``; vectors ``[2, W]``: dgamma, k. A program owns BLOCK_M rows.
     """
     offs_w = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_w = offs_w < W

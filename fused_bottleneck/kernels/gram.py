@@ -10,17 +10,17 @@ from ..stages import Operand
 from . import config
 from .config import blocks
 from .launch import launch
-from .prologues import cdiv, lane_sums, load_activation, load_centred, product, strided_rows
+from .prologues import below, cdiv, lane_sums, load_activation, load_centred, product, strided_rows
 from .reduce import parts_tile
 
 
 @triton.jit
 def load_operand(
     y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, offs_q, mask_q, offs, K, OH, OW, H, W,
-    SH: tl.constexpr, SW: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """A tile of the operand D: of an activation, or (scale_ptr None) of a strided input."""
-    mask = offs < K
+    mask = below(offs, K, EVEN)
     if scale_ptr is not None:
         return load_activation(
             y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, offs_q.to(tl.int64), mask_q, K, offs,
@@ -75,6 +75,7 @@ def _gram_kernel(
     AWAIT: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """F3: ``D^T D`` and the column sums of D over ROWS pixels.
 
@@ -97,14 +98,14 @@ def _gram_kernel(
         mask_q = offs_q < end
         left = load_operand(
             y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, offs_q, mask_q, offs_i, K,
-            OH, OW, H, W, SH, SW,
+            OH, OW, H, W, SH, SW, EVEN,
         )  # fmt: skip
         sums += lane_sums(left, BLOCK_K, BLOCK)
         right = left
         if not ONE_BLOCK:
             right = load_operand(
                 y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, offs_q, mask_q, offs_j, K,
-                OH, OW, H, W, SH, SW,
+                OH, OW, H, W, SH, SW, EVEN,
             )  # fmt: skip
         acc = product(tl.trans(left), right, acc, INPUT_PRECISION, AWAIT)
     mask_i, mask_j = offs_i < K, offs_j < K
@@ -179,6 +180,7 @@ def gram(operand: Operand, precision: str) -> tuple[Tensor, Tensor]:
         **config.product_constants(precision, source),
         BLOCK=cfg.block_m,
         BLOCK_K=cfg.block_k,
+        EVEN=config.is_even((channels, cfg.block_m)),
         config=cfg,
     )
     mean = torch.empty(channels, dtype=torch.float32, device=device)

@@ -170,7 +170,7 @@ def _masked_grad_kernel(
     offs = start + tl.arange(0, BLOCK_N)
     offs_q = pid // cdiv(W, BLOCK_N) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows, mask_q = offs_q.to(tl.int64), offs_q < Q
-    g = load_masked_grad(grad_ptr, bits_ptr, rows, mask_q, W, start, BLOCK_M, BLOCK_N)
+    g = load_masked_grad(grad_ptr, bits_ptr, rows, mask_q, W, start, BLOCK_M, BLOCK_N, False)
     put_tile(out_ptr, rows, mask_q, W, offs, offs < W, g)
 
 

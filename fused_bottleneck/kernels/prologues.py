@@ -121,17 +121,18 @@ def load_conv_grad(
 
 @triton.jit
 def load_masked_grad(
-    grad_ptr, bits_ptr, rows, mask_rows, W, start, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr
-):
+    grad_ptr, bits_ptr, rows, mask_rows, W, start, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
     """A tile of ``g = grad_out * bit`` for channels start to start + BLOCK; start % 32 == 0.
 
     Words of 32 bits, so that the loads are wide enough to be asynchronous copies.
     """
     offs = start + tl.arange(0, BLOCK)
     words = start // 32 + tl.arange(0, BLOCK // 32)
-    packed = tile(bits_ptr, rows, mask_rows, W // 32, words, words < W // 32)
+    packed = tile(bits_ptr, rows, mask_rows, W // 32, words, below(words, W // 32, EVEN))
     bits = (packed[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    grad = tile(grad_ptr, rows, mask_rows, W, offs, offs < W)
+    grad = tile(grad_ptr, rows, mask_rows, W, offs, below(offs, W, EVEN))
     return tl.where(tl.reshape(bits, [BLOCK_R, BLOCK]) != 0, grad, 0.0)
 
 

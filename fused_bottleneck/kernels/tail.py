@@ -14,6 +14,7 @@ from . import config
 from .config import blocks
 from .launch import launch
 from .prologues import (
+    below,
     cdiv,
     channels,
     load_activation,
@@ -61,6 +62,7 @@ def _tail_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """F4: ``out = relu(D Wf^T + shift + residual)`` and a bit per element: not ``<= 0``.
 
@@ -73,12 +75,12 @@ def _tail_forward_kernel(
     pid_n = pid % cdiv(N, BLOCK_N)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_q = pid // cdiv(N, BLOCK_N) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_q, mask_n = offs_q < Q, offs_n < N
+    mask_q, mask_n = offs_q < Q, below(offs_n, N, EVEN)
     rows = offs_q.to(tl.int64)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, M, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < M
+        mask_k = below(offs_k, M, EVEN)
         d = load_activation(
             y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, rows, mask_q, M, offs_k, mask_k
         )
@@ -89,7 +91,7 @@ def _tail_forward_kernel(
         rows_x = strided_rows(offs_q, OH, OW, H, W_IN, SH, SW)
         for k in range(0, C, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
-            mask_k = offs_k < C
+            mask_k = below(offs_k, C, EVEN)
             d = load_centred(x_ptr, x_centre_ptr, rows_x, mask_q, C, offs_k, mask_k)
             w = tile(x_w_ptr, offs_n, mask_n, C, offs_k, mask_k)
             acc = product(d, tl.trans(w), acc, INPUT_PRECISION, AWAIT)
@@ -156,6 +158,7 @@ def tail_forward(
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,
+        EVEN=config.is_even((width, cfg.block_k), (x_channels, cfg.block_k), (wide, cfg.block_n)),
         config=cfg,
     )
     return out, bits.view(torch.uint8)
@@ -185,6 +188,7 @@ def _tail_dgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """B2: ``g2 = (g A + D B + shift) * [a2 > 0]`` and the tiles' two sums.
 
@@ -196,18 +200,18 @@ def _tail_dgrad_kernel(
     part = pid // cdiv(N, BLOCK_N)
     offs_n = pid % cdiv(N, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_q = part * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_q, mask_n = offs_q < Q, offs_n < N
+    mask_q, mask_n = offs_q < Q, below(offs_n, N, EVEN)
     rows = offs_q.to(tl.int64)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, W, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        g = load_masked_grad(grad_ptr, bits_ptr, rows, mask_q, W, k, BLOCK_M, BLOCK_K)
-        a = tile(a_ptr, offs_k, offs_k < W, N, offs_n, mask_n)
+        g = load_masked_grad(grad_ptr, bits_ptr, rows, mask_q, W, k, BLOCK_M, BLOCK_K, EVEN)
+        a = tile(a_ptr, offs_k, below(offs_k, W, EVEN), N, offs_n, mask_n)
         acc = product(g, a, acc, INPUT_PRECISION, AWAIT)
     if b_ptr is not None:
         for k in range(0, N, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
-            mask_k = offs_k < N
+            mask_k = below(offs_k, N, EVEN)
             d = load_activation(
                 y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, rows, mask_q, N, offs_k, mask_k
             )
@@ -247,6 +251,7 @@ def tail_dgrad(
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,
+        EVEN=config.is_even((wide, cfg.block_k), (width, cfg.block_k), (width, cfg.block_n)),
         config=cfg,
     )
     return out, sums_of(partial)

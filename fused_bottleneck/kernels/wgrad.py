@@ -35,8 +35,9 @@ def _grad_product(
     grad_ptr, bits_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, start, end, pid_w, pid_k,
     W, K, OH, OW, H, W_IN, SH: tl.constexpr, SW: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     AWAIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """A block of ``g^T D`` over the pixels start to end, and g's column sums in 16 lanes."""
+    """A block of ``g^T D`` over the pixels start to end; g's column sums in 16 lanes (HAS_SUMS)."""
     offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     sums = tl.zeros([16, BLOCK_M], tl.float32)
@@ -44,12 +45,14 @@ def _grad_product(
         offs_q = q + tl.arange(0, BLOCK_K)
         mask_q = offs_q < end
         g = load_masked_grad(
-            grad_ptr, bits_ptr, offs_q.to(tl.int64), mask_q, W, pid_w * BLOCK_M, BLOCK_K, BLOCK_M
-        )
-        sums += lane_sums(g, BLOCK_K, BLOCK_M)
+            grad_ptr, bits_ptr, offs_q.to(tl.int64), mask_q, W, pid_w * BLOCK_M, BLOCK_K, BLOCK_M,
+            EVEN,
+        )  # fmt: skip
+        if HAS_SUMS:
+            sums += lane_sums(g, BLOCK_K, BLOCK_M)
         d = load_operand(
             y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, offs_q, mask_q, offs_k, K,
-            OH, OW, H, W_IN, SH, SW,
+            OH, OW, H, W_IN, SH, SW, EVEN,
         )  # fmt: skip
         acc = product(tl.trans(g), d, acc, INPUT_PRECISION, AWAIT)
     return acc, sums
@@ -83,6 +86,7 @@ def _tail_wgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     """B1: ``S = g^T D`` and the column sums of g over ROWS pixels; of D_x too (x_ptr not None).
 
@@ -105,7 +109,7 @@ def _tail_wgrad_kernel(
         acc, sums = _grad_product(
             grad_ptr, bits_ptr, y_ptr, mean_ptr, scale_ptr, beta_ptr, centre_ptr, start, end,
             pid_w, pid_k, W, K, OH, OW, OH, OW, 1, 1, INPUT_PRECISION, AWAIT, BLOCK_M, BLOCK_N,
-            BLOCK_K,
+            BLOCK_K, EVEN, True,
         )  # fmt: skip
         offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
         where = offs_w[:, None] * K + offs_k[None, :]
@@ -113,10 +117,10 @@ def _tail_wgrad_kernel(
         if pid_k == 0:
             tl.store(partial_ptr + W * (K + C) + offs_w, tl.sum(sums, 0), mask=mask_w)
     elif x_ptr is not None:
-        acc, sums = _grad_product(
+        acc, _ = _grad_product(
             grad_ptr, bits_ptr, x_ptr, None, None, None, x_centre_ptr, start, end, pid_w,
             pid_k - blocks_k, W, C, OH, OW, H, W_IN, SH, SW, INPUT_PRECISION, AWAIT, BLOCK_M,
-            BLOCK_N, BLOCK_K,
+            BLOCK_N, BLOCK_K, EVEN, False,
         )  # fmt: skip
         offs_c = (pid_k - blocks_k) * BLOCK_N + tl.arange(0, BLOCK_N)
         where = W * K + offs_w[:, None] * C + offs_c[None, :]
@@ -167,6 +171,9 @@ def tail_wgrad(
         BLOCK_M=cfg.block_m,
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,
+        EVEN=config.is_even(
+            (wide, cfg.block_m), (channels, cfg.block_n), (x_channels, cfg.block_n)
+        ),
         config=cfg,
     )
     total = products_of(partial, torch.empty(size, dtype=torch.float32, device=device))
@@ -332,7 +339,7 @@ def conv_wgrad(
         BLOCK_N=cfg.block_n,
         BLOCK_K=cfg.block_k,
         POINTWISE=kh * kw == 1 and geometry == POINTWISE,
-        EVEN=out_channels % cfg.block_m == 0 and channels % cfg.block_n == 0,
+        EVEN=config.is_even((out_channels, cfg.block_m), (channels, cfg.block_n)),
         config=cfg,
     )
     out = torch.empty(
