@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.options import positive
@@ -54,6 +55,18 @@ class Outcome:
 
 def _module(name: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", f"benchmarks.{name}", *arguments)
+
+
+def _gpu_tests() -> tuple[str, ...]:
+    """The tests of `make test-gpu`, side by side where pytest-xdist is installed."""
+    files = [str(path) for path in sorted(ROOT.glob("tests/test_*.py")) if _has_gpu_tests(path)]
+    parallel = ("-n", "8", "--dist", "worksteal") if find_spec("xdist") else ()
+    command = (sys.executable, "-m", "pytest", "-q", "--tb=short", "-m", "gpu and not large")
+    return (*command, *parallel, *files)
+
+
+def _has_gpu_tests(path: Path) -> bool:
+    return "mark.gpu" in path.read_text()
 
 
 def parts(device: str, output: Path, quick: bool) -> list[Part]:
@@ -97,10 +110,10 @@ def parts(device: str, output: Path, quick: bool) -> list[Part]:
     bf16 = ("--dtype", "bfloat16")
     block = (*bf16, "--batch", "256", "--no-bias")
     eager = ("reference channels_last", "fused channels_last", "compile", "fused graph")
-    test = (sys.executable, "-m", "pytest", "-m", "gpu", "tests/test_cuda.py", "-q", "--tb=short")
     return [
         build,
-        Part("gpu-tests", test, 150),
+        Part("compile", _module("warm_up"), 90),
+        Part("gpu-tests", _gpu_tests(), 150),
         bench(
             "block-quick", "bench_block", 60, *block, "--rounds", "5", "--peers",
             "--shapes", "256-64@56", "64-64@56-ds", "512-128@28",
