@@ -5,6 +5,7 @@ import io
 import pickle
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from helpers import Case, assert_equal_float64, grad_like, leaf, run
@@ -379,6 +380,16 @@ def test_shortcut_of_another_shape(size: tuple[int, ...]) -> None:
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     else:
         assert got == want
+
+
+def test_geometry_in_numpy_integers() -> None:
+    """As a configuration that was computed gives it."""
+    reference, fused = DOWNSAMPLE.pair()
+    for block in (reference, fused):
+        block.conv2.stride = (np.int64(2), np.int64(2))
+    x = DOWNSAMPLE.input()
+    assert fused.why_not_fused(x) is None
+    assert_equal_float64(run(fused, x), run(reference, x))
 
 
 @pytest.mark.parametrize("stride", [2, 3])
