@@ -399,3 +399,12 @@ def test_float32_output_over_many_pixels() -> None:
             # A ReLU that flips changes gradients by far more than roundings do; out it does not.
             rows.append({n: e for n, e in found.items() if not n.startswith("grad ")})
     assert_criterion(fused_errors, eager_errors, torch.float32, standard_errors=0)
+
+
+def test_default_dtype_is_none_of_the_blocks_business() -> None:
+    torch.set_default_dtype(torch.float64)
+    block = FusedBottleneck(1024, 256, dtype=torch.float32)
+    x = torch.randn(2, 1024, 2, 2, dtype=torch.float32, requires_grad=True)
+    out = block(x)
+    out.sum().backward()
+    assert out.dtype == x.grad.dtype == block.conv3.weight.grad.dtype == torch.float32
