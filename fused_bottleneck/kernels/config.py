@@ -220,19 +220,21 @@ def _blocks(problem: Problem, architecture: tuple[int, int]) -> Config:
     if stage == "gram":
         return Config(64, 64, 64, 4, 3) if narrow else Config(128, 128, 32, 8, 4)
     if stage in ("tail_wgrad", "tail_wgrad_downsample") and major in BLACKWELL and narrow:
-        return Config(64, 64, 64, 4, 3)
+        return Config(64, 64, 32, 4, 4)
     if stage == "tail_wgrad_downsample" and major in BLACKWELL:
         return Config(64, 128, 64, 4, 3)
     if stage in ("tail_wgrad", "tail_wgrad_downsample"):
         return Config(128, 64, 64, 8, 3) if narrow else Config(128, 128, 32, 8, 4)
+    is_datacenter = major == HOPPER or major in BLACKWELL
     if stage == "conv_wgrad_taps":
-        is_datacenter = major == HOPPER or major in BLACKWELL
         return Config(64, 64, 32, 4, 3, taps=3) if is_datacenter else Config(64, 64, 64, 4, 3)
+    if stage == "input_dgrad_downsample" and not is_datacenter:
+        return Config(64, 64, 64, 4, 3)
     if stage == "conv1x1_forward":
         return Config(128, 64, 64, 4, 3) if narrow else Config(128, 128, 64, 8, 3)
     if stage == "tail_dgrad" and not narrow:
         return Config(128, 128, 64, 8, 3)
-    if stage == "conv2d_forward" and narrow and (major == HOPPER or major in BLACKWELL):
+    if stage == "conv2d_forward" and narrow:
         return Config(128, 64, 32, 4, 4)
     return Config(64, 64, 64, 4, 3) if narrow else Config(64, 128, 64, 4, 3)
 
@@ -255,8 +257,10 @@ def _float32_blocks(stage: str, major: int) -> Config:
         return Config(32, 32, 32, 4, 3) if major in BLACKWELL else Config(64, 64, 16, 8, 3)
     if stage in ("tail_wgrad", "tail_wgrad_downsample"):
         return Config(64, 64, 32, 8, 2)
-    if stage == "input_dgrad_downsample":
+    if stage.removesuffix(ON_LOAD) == "input_dgrad_downsample":
         return Config(64, 64, 32, 8, 2)
+    if stage.removesuffix(ON_LOAD) in ("conv1x1_forward", "conv2d_forward", "tail_dgrad"):
+        return Config(64, 64, 32, 8, 3)
     return Config(64, 64, 32, 4, 3)
 
 
