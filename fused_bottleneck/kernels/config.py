@@ -259,7 +259,9 @@ def _float32_blocks(stage: str, major: int) -> Config:
         return Config(64, 64, 32, 8, 2)
     if stage.removesuffix(ON_LOAD) == "input_dgrad_downsample":
         return Config(64, 64, 32, 8, 2)
-    if stage.removesuffix(ON_LOAD) in ("conv1x1_forward", "conv2d_forward", "tail_dgrad"):
+    is_datacenter = major == HOPPER or major in BLACKWELL
+    by_pixels = ("conv1x1_forward", "conv2d_forward", "tail_dgrad")
+    if stage.removesuffix(ON_LOAD) in by_pixels and not is_datacenter:
         return Config(64, 64, 32, 8, 3)
     return Config(64, 64, 32, 4, 3)
 
