@@ -214,7 +214,9 @@ def _blocks(problem: Problem, architecture: tuple[int, int]) -> Config:
         return _float32_blocks(stage, major)
     if major == HOPPER and stage in _PLAIN_ON_HOPPER:
         few, many = _PLAIN_ON_HOPPER[stage]
-        return many if (m if stage == "conv_wgrad_taps" else min(m, n)) > 64 else few
+        return many if (m if stage == "conv_wgrad_taps" else n) > 64 else few
+    if major == HOPPER and stage == "conv_wgrad_pointwise" and min(m, n) > 64:
+        return Config(128, 128, 64, 8, 3)
     stage = stage.removesuffix(ON_LOAD)
     narrow = n <= (128 if stage == "tail_wgrad_downsample" else 64)  # that has two operands
     if stage == "gram":
@@ -242,11 +244,10 @@ def _blocks(problem: Problem, architecture: tuple[int, int]) -> Config:
 # Hopper's blocks of convolutions with plain operands, for few channels (64) and for more: both come
 # from shared memory, so that registers are there for larger blocks. Warp instructions issued a
 # cycle of the product units, by machine code (tests/test_triton_compile.py has a limit), few
-# and many: 0.7, 0.5; 0.7, 0.6 (its epilogue needs the registers); 0.9, 0.4; 1.0, 0.9.
+# and many: 0.7, 0.5; 0.7, 0.6 (its epilogue needs the registers); 1.0, 0.9.
 _PLAIN_ON_HOPPER = {
     "conv2d_forward": (Config(128, 64, 64, 4, 3), Config(128, 128, 64, 8, 3)),
     "conv2d_dgrad": (Config(128, 64, 64, 4, 3), Config(64, 128, 64, 4, 3)),
-    "conv_wgrad_pointwise": (Config(64, 64, 64, 4, 3), Config(128, 128, 64, 8, 3)),
     "conv_wgrad_taps": (Config(64, 64, 64, 4, 3, taps=3), Config(128, 64, 32, 8, 4, taps=3)),
 }
 
