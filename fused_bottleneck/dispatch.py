@@ -25,6 +25,7 @@ TENSOR_MEMORY_MAJORS = (10, 11)
 OLDEST_TRITON_FOR_THEM = (3, 7)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHANNEL_MULTIPLE = 16  # 32 bytes: a tile's rows start aligned, and none is cut inside a vector
+LARGEST_KERNEL = 32  # taps of a row or column: a bit of a word each, in the kernels of conv2d.py
 MASK_MULTIPLE = 32  # the output's mask is read and written in words
 
 # The weight and the geometry of a convolution.
@@ -164,6 +165,11 @@ def _why_no_triton(x: Tensor, convs: Sequence[Shape]) -> str | None:
         out_channels, channels = weight.shape[:2]
         if geometry.groups > 1:
             return f"the fused kernels take no grouped convolutions, got groups={geometry.groups}"
+        if max(weight.shape[2:]) > LARGEST_KERNEL:
+            return (
+                f"the fused kernels take convolutions of up to {LARGEST_KERNEL} taps a side, got "
+                f"{tuple(weight.shape[2:])}"
+            )
         if out_channels % CHANNEL_MULTIPLE or channels % CHANNEL_MULTIPLE:
             return (
                 f"the fused kernels need channels in multiples of {CHANNEL_MULTIPLE}, got a "

@@ -39,6 +39,7 @@ def convs(
         (torch.bfloat16, convs(width=24), "multiples of 16"),
         (torch.bfloat16, convs(groups=2), "groups=2"),
         (torch.bfloat16, convs(wide=48), "multiples of 32, got 48"),
+        (torch.bfloat16, [(meta(16, 64, 33, 1), Geometry())], "up to 32 taps a side"),
     ],
 )
 def test_why_no_kernels(dtype: torch.dtype, shapes: list[dispatch.Shape], reason: str) -> None:

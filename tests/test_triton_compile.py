@@ -129,6 +129,7 @@ def test_keys_are_those_of_launches() -> None:
         assert backend.parse_options(options).hash() == parsed.hash(), spec.name
 
 
+@pytest.mark.slow
 def test_warm_up_covers_a_step() -> None:
     """All kernels of a block under autocast and of one in bfloat16 altogether."""
     from benchmarks import compiled, warm_up

@@ -214,25 +214,29 @@ def _blocks(problem: Problem, architecture: tuple[int, int]) -> Config:
         return _float32_blocks(stage, major)
     if major == HOPPER and stage in _PLAIN_ON_HOPPER:
         few, many = _PLAIN_ON_HOPPER[stage]
-        return many if (m if stage == "conv_wgrad_taps" else min(m, n)) > 64 else few
+        return many if (m if stage == "conv_wgrad_taps" else n) > 64 else few
+    if major == HOPPER and stage == "conv_wgrad_pointwise" and min(m, n) > 64:
+        return Config(128, 128, 64, 8, 3)
     stage = stage.removesuffix(ON_LOAD)
     narrow = n <= (128 if stage == "tail_wgrad_downsample" else 64)  # that has two operands
     if stage == "gram":
         return Config(64, 64, 64, 4, 3) if narrow else Config(128, 128, 32, 8, 4)
     if stage in ("tail_wgrad", "tail_wgrad_downsample") and major in BLACKWELL and narrow:
-        return Config(64, 64, 64, 4, 3)
+        return Config(64, 64, 32, 4, 4)
     if stage == "tail_wgrad_downsample" and major in BLACKWELL:
         return Config(64, 128, 64, 4, 3)
     if stage in ("tail_wgrad", "tail_wgrad_downsample"):
         return Config(128, 64, 64, 8, 3) if narrow else Config(128, 128, 32, 8, 4)
+    is_datacenter = major == HOPPER or major in BLACKWELL
     if stage == "conv_wgrad_taps":
-        is_datacenter = major == HOPPER or major in BLACKWELL
         return Config(64, 64, 32, 4, 3, taps=3) if is_datacenter else Config(64, 64, 64, 4, 3)
+    if stage == "input_dgrad_downsample" and not is_datacenter:
+        return Config(64, 64, 64, 4, 3)
     if stage == "conv1x1_forward":
         return Config(128, 64, 64, 4, 3) if narrow else Config(128, 128, 64, 8, 3)
     if stage == "tail_dgrad" and not narrow:
         return Config(128, 128, 64, 8, 3)
-    if stage == "conv2d_forward" and narrow and (major == HOPPER or major in BLACKWELL):
+    if stage == "conv2d_forward" and narrow:
         return Config(128, 64, 32, 4, 4)
     return Config(64, 64, 64, 4, 3) if narrow else Config(64, 128, 64, 4, 3)
 
@@ -240,11 +244,10 @@ def _blocks(problem: Problem, architecture: tuple[int, int]) -> Config:
 # Hopper's blocks of convolutions with plain operands, for few channels (64) and for more: both come
 # from shared memory, so that registers are there for larger blocks. Warp instructions issued a
 # cycle of the product units, by machine code (tests/test_triton_compile.py has a limit), few
-# and many: 0.7, 0.5; 0.7, 0.6 (its epilogue needs the registers); 0.9, 0.4; 1.0, 0.9.
+# and many: 0.7, 0.5; 0.7, 0.6 (its epilogue needs the registers); 1.0, 0.9.
 _PLAIN_ON_HOPPER = {
     "conv2d_forward": (Config(128, 64, 64, 4, 3), Config(128, 128, 64, 8, 3)),
     "conv2d_dgrad": (Config(128, 64, 64, 4, 3), Config(64, 128, 64, 4, 3)),
-    "conv_wgrad_pointwise": (Config(64, 64, 64, 4, 3), Config(128, 128, 64, 8, 3)),
     "conv_wgrad_taps": (Config(64, 64, 64, 4, 3, taps=3), Config(128, 64, 32, 8, 4, taps=3)),
 }
 
@@ -255,8 +258,12 @@ def _float32_blocks(stage: str, major: int) -> Config:
         return Config(32, 32, 32, 4, 3) if major in BLACKWELL else Config(64, 64, 16, 8, 3)
     if stage in ("tail_wgrad", "tail_wgrad_downsample"):
         return Config(64, 64, 32, 8, 2)
-    if stage == "input_dgrad_downsample":
+    if stage.removesuffix(ON_LOAD) == "input_dgrad_downsample":
         return Config(64, 64, 32, 8, 2)
+    is_datacenter = major == HOPPER or major in BLACKWELL
+    by_pixels = ("conv1x1_forward", "conv2d_forward", "tail_dgrad")
+    if stage.removesuffix(ON_LOAD) in by_pixels and not is_datacenter:
+        return Config(64, 64, 32, 8, 3)
     return Config(64, 64, 32, 4, 3)
 
 
