@@ -18,6 +18,8 @@ from fused_bottleneck.stages import Stages
 # What a program calls once for each unit, in the order of its stages; see fused_bottleneck.stages.
 FORWARD_CONVS = ("F1", "F2")
 WEIGHT_GRADS = ("B4", "B5")
+# Between two stages; those of the tail belong to F3 and B1, whose results are theirs only.
+JUNCTIONS = ("bn_forward", "bn_backward")
 FLUSH_BYTES = 512 * 2**20  # beyond any GPU's L2 cache
 HEAD_START_CYCLES = 2_000_000  # about a millisecond: the host is ahead when the clock starts
 
@@ -120,6 +122,8 @@ class WatchedStages:
 
     def _stage(self, name: str, arguments: Sequence[Any]) -> str:
         """The stage of a call, by the method's name and what was called before."""
+        if name in JUNCTIONS:
+            return "junctions"
         if self._label is None:
             if name == "channels_last":
                 return "layout"
