@@ -18,6 +18,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from benchmarks import options, records, stage_report
 from benchmarks.cases import norm_bounds
 from benchmarks.checked import agreeing_cases
@@ -50,11 +52,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def takes_product(shape: BlockShape, batch: int, device: str) -> bool:
+def takes_product(shape: BlockShape, batch: int, device: str, dtype: torch.dtype) -> bool:
     """Whether a unit of the block's tail goes the product way there (fused_bottleneck/tail.py)."""
     pixels = batch * shape.out_size**2
     inputs = [shape.width, *([shape.in_channels] if shape.downsample else [])]
-    return not all(uses_gram(device, pixels, channels, shape.out_channels) for channels in inputs)
+    return not all(
+        uses_gram(device, dtype, pixels, channels, shape.out_channels) for channels in inputs
+    )
 
 
 def join_tail(
@@ -88,7 +92,7 @@ def measure_shape(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                 if index >= WARMUP:
                     samples.setdefault(label, []).append(seconds)
     costs = fused_stages(shape, args.batch, DTYPES[args.dtype].itemsize)
-    if takes_product(shape, args.batch, args.device.type):
+    if takes_product(shape, args.batch, args.device.type, DTYPES[args.dtype]):
         costs, samples = join_tail(costs, samples)
     rows: list[dict[str, Any]] = [
         {

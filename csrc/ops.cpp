@@ -119,9 +119,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
   // a^T b [A, B] of a [P, A] and b [P, B].
   m.def("transposed_product(Tensor a, Tensor b, Tensor(a!) workspace) -> Tensor");
 
-  // Column sums [K] and d^T d [K, K], in float64: the variance that comes of them may be small
-  // against its terms.
+  // Column sums [K] and d^T d [K, K] in float64: the products summed in float32 over a block of
+  // rows, or all in double, for a variance that is small against the terms it comes of.
   m.def("gram(Tensor d, Tensor(a!) workspace) -> (Tensor sum_d, Tensor s)");
+  m.def("gram_in_double(Tensor d, Tensor(a!) workspace) -> (Tensor sum_d, Tensor s)");
 
   // --- 3x3 convolutions of padding 1 and stride 1 or 2 by Winograd's filtering, as the products.
   // --- Enough for the next two, with an output (transposed: gradient of the input) [N, H, W, C]

@@ -10,12 +10,14 @@ What these cannot take (channels that are no multiple of 16, other kernels) goes
 ``CpuStages``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .algebra import OperandGrad
+from . import algebra
+from .algebra import Folded, OperandGrad
 from .cpu import CpuStages
 from .operands import (
     Activation,
@@ -27,9 +29,18 @@ from .operands import (
     strided,
 )
 from .pass_stages import operand_key
-from .rules import uses_winograd, uses_winograd_weight_grad
+from .rules import needs_double, uses_winograd, uses_winograd_weight_grad
 from .scratch import result_empty
-from .stages import ConvTerm, FoldedTerm, GradSums, InputTerm, Moments, Operand
+from .stages import (
+    ConvTerm,
+    FoldedTerm,
+    FoldForward,
+    GradSums,
+    InputTerm,
+    Moments,
+    Operand,
+    covariance,
+)
 
 _passes = torch.ops.fused_bottleneck
 
@@ -60,12 +71,20 @@ def _nhwc(t: Tensor) -> Tensor:
     return t.permute(0, 2, 3, 1)
 
 
+def _folded(weight: Tensor, weight_cov: Tensor, *arguments: Any) -> FoldForward:
+    """The fold from ``W cov``; arguments: those of the op after it."""
+    folded, vectors = _passes.fold_rows(weight, weight_cov, *arguments)
+    mean, var, invstd, offset, shift = vectors.unbind()
+    return FoldForward(Folded(folded, shift), Moments(mean, var), invstd, offset, weight_cov)
+
+
 class CpuProductStages(CpuStages):
     """``CpuStages`` for float32, with fused 1x1 products; see ``Stages`` for what each computes."""
 
     def __init__(self) -> None:
         super().__init__()
         self._lent = torch.empty(0, dtype=torch.uint8)
+        self._single_grams: dict[int, Tensor] = {}  # operands, by the id of their covariance
 
     def _workspace(self, a: Tensor, channels: int) -> Tensor:
         """Memory for a product of ``[N, K, H, W]`` pixels with ``channels`` others or outputs."""
@@ -149,10 +168,39 @@ class CpuProductStages(CpuStages):
         n, _, h, w = operand.shape
         return operand, result_empty((n, weight.shape[0], h, w), operand.dtype, True)
 
-    def _gram_sums(self, d: Tensor) -> tuple[Tensor, Tensor]:
+    def gram(self, operand: Operand) -> tuple[Tensor, Tensor]:
+        """In float32 to begin with: fold may ask for more."""
+        d = self._operand(operand)
         if not _fits(d.shape[1]):
-            return super()._gram_sums(d)
-        return _passes.gram(matrix(d), self._workspace(d, d.shape[1]))
+            return super().gram(operand)
+        mean_d, cov = self._covariance(d, _passes.gram)
+        self._single_grams[id(cov)] = d
+        return mean_d, cov
+
+    def _covariance(
+        self, d: Tensor, gram: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        return covariance(*gram(matrix(d), self._workspace(d, d.shape[1])), pixels(d))
+
+    def fold(
+        self,
+        weight: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        eps: float,
+        centre: Tensor,
+        mean_d: Tensor,
+        cov: Tensor,
+    ) -> FoldForward:
+        d = self._single_grams.pop(id(cov), None)
+        if d is not None:
+            rows = weight.flatten(1).contiguous()
+            weight_cov = self._matrix_product(rows, cov.float())
+            independent = torch.mv(rows.square(), cov.diagonal().float())
+            if not needs_double(independent, algebra.folded_variance(rows, weight_cov)):
+                return _folded(rows, weight_cov, gamma, beta, eps, centre, mean_d.float())
+            mean_d, cov = self._covariance(d, _passes.gram_in_double)
+        return super().fold(weight, gamma, beta, eps, centre, mean_d, cov)
 
     def _tail_images(
         self,

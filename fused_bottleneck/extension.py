@@ -65,7 +65,7 @@ def reason() -> str:
 
 def has_products() -> bool:
     """Whether the library is there and has fused 1x1 products for this CPU."""
-    return load() and torch.ops.fused_bottleneck.has_products()
+    return loaded() and torch.ops.fused_bottleneck.has_products()
 
 
 @cache
@@ -175,6 +175,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "masked_products_": _fake_masked_products,
     "transposed_product": _fake_transposed_product,
     "gram": _fake_gram,
+    "gram_in_double": _fake_gram,
     "winograd_conv_": _fake_nothing,
     "winograd_weight_grad": _fake_winograd_weight_grad,
     "advise_huge_pages_": _fake_nothing,

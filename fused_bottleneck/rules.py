@@ -2,20 +2,39 @@
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
 
-def uses_gram(device: str, pixels: int, channels: int, width: int) -> bool:
+from . import extension
+
+
+def uses_gram(device: str, dtype: torch.dtype, pixels: int, channels: int, width: int) -> bool:
     """Whether a tail unit ``[pixels, channels] -> [pixels, width]`` takes the gram way (tail.py).
 
     On CPU arithmetic decides, counted in products with a [channels] vector: half a symmetric
-    product over the pixels in float64, at 0.4 of float32's rate, and one with [channels, channels]
-    coefficients; of the weight with such, one in float64 and one in float32; against computing the
-    output once more and the passes over it. Elsewhere memory does, and the gram way always moves
-    less of it.
+    product over the pixels, and one with [channels, channels] coefficients; two of the weight with
+    such; against computing the output once more and the passes over it. What leads to a variance
+    is in float64, at 0.4 of the rate, but in this library's products (see ``needs_double``).
+    Elsewhere memory decides, and the gram way always moves less of it.
     """
     if device != "cpu":
         return True
-    gram = 2.25 * pixels * channels + 3.2 * width * channels
+    single = dtype == torch.float32 and extension.has_products()
+    cost = 1 if single else 2.5
+    gram = (0.5 * cost + 1) * pixels * channels + (cost + 1) * width * channels
     return gram < 1.3 * pixels * width
+
+
+_MOST_CANCELLATION = 16
+
+
+def needs_double(independent: Tensor, var: Tensor) -> bool:
+    """Whether variances ``[W]`` from a covariance in float32 are differences of much larger terms.
+
+    independent: what they would be if the operand's channels did not go together. Rounding leaves
+    an error of some 1e-7 of that.
+    """
+    return bool((independent > _MOST_CANCELLATION * var).any())
 
 
 LEAST_READS_TO_WRITE = 2  # a large one has every operand computed on load, to measure that

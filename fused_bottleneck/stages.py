@@ -151,6 +151,12 @@ def gram_sums(d: Tensor) -> tuple[Tensor, Tensor]:
     return d.sum(0, dtype=torch.float64), total + (rest.t() @ rest)
 
 
+def covariance(sum_d: Tensor, s: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean ``[K]`` and biased covariance ``[K, K]`` of count rows, from ``gram_sums``."""
+    mean = sum_d / count
+    return mean, s / count - torch.outer(mean, mean)
+
+
 def _per_channel(v: Tensor) -> Tensor:
     return v.view(1, -1, 1, 1)
 
@@ -319,9 +325,7 @@ class Stages:
         In float64; of the Triton kernels in the accumulation dtype.
         """
         d = self._operand(operand)
-        sum_d, s = self._gram_sums(d)
-        mean = sum_d / pixels(d)
-        return mean, s / pixels(d) - torch.outer(mean, mean)
+        return covariance(*self._gram_sums(d), pixels(d))
 
     def _gram_sums(self, d: Tensor) -> tuple[Tensor, Tensor]:
         return gram_sums(matrix(d))

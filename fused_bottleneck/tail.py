@@ -70,7 +70,7 @@ def _source(operand: Operand, geometry: Geometry) -> tuple[Tensor | Activation, 
 def has_gram(weight: Tensor, batch: bool, pixels: int) -> bool:
     """Whether a tail unit over that many output pixels goes the gram way."""
     width, channels = weight.shape[:2]
-    return batch and uses_gram(weight.device.type, pixels, channels, width)
+    return batch and uses_gram(weight.device.type, weight.dtype, pixels, channels, width)
 
 
 def unpack_states(

@@ -21,7 +21,10 @@ from helpers import (
 from tolerances import FLOAT64_DEGENERATE, float64_offset
 from torch import Tensor, nn
 
-from fused_bottleneck import Bottleneck, ConvBNReLU, FusedBottleneck, FusedConvBNReLU
+from fused_bottleneck import Bottleneck, ConvBNReLU, FusedBottleneck, FusedConvBNReLU, extension
+from fused_bottleneck.cpu_products import CpuProductStages
+
+Gram = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -246,6 +249,28 @@ def test_correlated_channels(case: str) -> None:
     pixels averages as it does xhat's in the plain block; 1.7 times its error here, of 1e-5."""
     tail = frozenset({"bn3.weight", "identity_downsample.1.weight"})
     compare_by_criterion(WIDE[case], torch.float32, correlated, lambda x: x[:, :1] + 1e-2 * x, tail)
+
+
+@pytest.mark.skipif(not extension.has_products(), reason="no fused products for this CPU")
+def test_covariance_is_taken_in_double_where_its_terms_cancel(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if implementation != "gram":
+        pytest.skip("does not always take a covariance, or takes it in double")
+    taken: list[str] = []
+    covariance = CpuProductStages._covariance
+
+    def watched(stages: CpuProductStages, d: Tensor, gram: Gram) -> tuple[Tensor, Tensor]:
+        taken.append(str(gram).split(".")[1])
+        return covariance(stages, d, gram)
+
+    monkeypatch.setattr(CpuProductStages, "_covariance", watched)
+    block = WIDE["identity"].module(FusedBottleneck).float()
+    x = WIDE["identity"].input().float()
+    block(x)
+    correlated(block)
+    block(x[:, :1] + 1e-2 * x)
+    assert taken == ["gram", "gram", "gram_in_double"]
 
 
 def test_input_whose_corner_is_another_world() -> None:

@@ -57,6 +57,8 @@ ERRORS: list[tuple[str, str, Change, str]] = [
     ("transposed_product", "workspace", lambda t: t[1:], "workspace to have at least"),
     ("gram", "d", lambda t: t.double(), MATRIX.format("d") + ".*got float64"),
     ("gram", "workspace", lambda t: t[1:], "workspace to have at least"),
+    ("gram_in_double", "d", lambda t: t.double(), MATRIX.format("d") + ".*got float64"),
+    ("gram_in_double", "workspace", lambda t: t[1:], "workspace to have at least"),
 ]
 
 

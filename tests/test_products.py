@@ -44,6 +44,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "masked_products": ("masked_products_", []),
     "transposed_product": ("transposed_product", []),
     "gram": ("gram", []),
+    "gram_in_double": ("gram_in_double", []),
 }
 RETURNS = {
     "product_moments_": ["mean", "m2"],
@@ -51,7 +52,9 @@ RETURNS = {
     "masked_products_": ["sum_g", "s"],
     "transposed_product": ["s"],
     "gram": ["sum_d", "s"],
+    "gram_in_double": ["sum_d", "s"],
 }
+GRAMS = ("gram", "gram_in_double")
 # Which of rows P, depth K and channels C an argument has; the second product's depth is C.
 SIZES = {"a": "PK", "weight": "KC", "weight2": "CC"} | dict.fromkeys(
     ["shift", "mean", "invstd", "scale", "beta"], "C"
@@ -59,6 +62,7 @@ SIZES = {"a": "PK", "weight": "KC", "weight2": "CC"} | dict.fromkeys(
 OWN_SIZES = {
     "masked_products_": {"grad_out": "PK", "mask": "PK"},
     "gram": {"d": "PK"},
+    "gram_in_double": {"d": "PK"},
 }
 # Rows and channels in the tails of every tiling, and above the 512 channels of a block.
 ROWS = [1, 7, 12, 13, 100]
@@ -93,7 +97,7 @@ def arguments(case: str, shape: tuple[int, int, int], seed: int = 0) -> Argument
             return None
         if name == "workspace":
             depth = k if op != "product_residual_relu_" or "a2" in left_out else k + c
-            size = ops.product_workspace(p, depth, k if op == "gram" else c)
+            size = ops.product_workspace(p, depth, k if op in GRAMS else c)
             return unwritten(torch.empty(size, dtype=torch.uint8))
         letters = OWN_SIZES.get(op, {}).get(name) or SIZES.get(name, "PC")
         size = [{"P": p, "K": k, "C": c}[letter] for letter in letters]
@@ -159,7 +163,7 @@ def formula(case: str, args: Arguments, dtype: torch.dtype) -> Outputs:
     def masked() -> Tensor:
         return a["grad_out"].where(unpack(a["mask"], a["grad_out"].shape[1]), 0)
 
-    if op in ("transposed_product", "gram"):
+    if op in ("transposed_product", *GRAMS):
         if "b" in a:
             return {"s": transposed(a["a"], a["b"])}
         return {"sum_d": a["d"].sum(0), "s": transposed(a["d"], a["d"])}
@@ -210,15 +214,15 @@ def test_error_is_eagers(case: str) -> None:
 def test_result_dtypes() -> None:
     for case in CASES:
         for name, t in call(case, arguments(case, (7, 16, 32))).items():
-            wide = torch.float64 if case == "gram" else torch.float32
+            wide = torch.float64 if case in GRAMS else torch.float32
             assert t.dtype == (torch.uint8 if name == "mask" else wide), (case, name)
 
 
 def test_gram_is_summed_in_double() -> None:
     for shape in [(1, 16, 16), (100, 528, 16), (997, 80, 16), (5000, 144, 16)]:
-        args = arguments("gram", shape)
-        expected = formula("gram", args, torch.float64)["s"]
-        assert relative_error(call("gram", args)["s"], expected) < 1e-14
+        args = arguments("gram_in_double", shape)
+        expected = formula("gram_in_double", args, torch.float64)["s"]
+        assert relative_error(call("gram_in_double", args)["s"], expected) < 1e-14
 
 
 @pytest.mark.parametrize("offset", [1e3, -1e4])

@@ -380,19 +380,20 @@ std::tuple<Tensor, Tensor> product_bn_backward_reduce_(
 
 // --- products over pixels ---
 
-// left^T right, left [rows, wide] and right [rows, narrow]: float32 within a block (double where
-// symmetric), double over the blocks.
+// left^T right, left [rows, wide] and right [rows, narrow]: float32 within a block, or double;
+// double over the blocks. Symmetric: left and right are the same.
 class PixelProduct {
  public:
   PixelProduct(int64_t rows, int64_t wide, int64_t narrow, const Split& split,
-               bool symmetric = false)
+               bool symmetric = false, bool in_double = false)
       : split(split),
         blocks(pixel_blocks(rows, split)),
         left_rows(left_stride(blocks.block)),
         right_rows(right_stride(blocks.block)),
         wide_(wide),
         narrow_(narrow),
-        symmetric_(symmetric) {}
+        symmetric_(symmetric),
+        in_double_(in_double) {}
 
   // Takes the panels of all threads and the sums.
   void take(Workspace& workspace) {
@@ -423,7 +424,7 @@ class PixelProduct {
          left_rows,
          right(block),
          right_rows,
-         symmetric_,  // in double: a gram's differences matter, see ops.cpp
+         in_double_,
          symmetric_,
          block.first,
          sums_ + block.share * sums_step() + range.begin * narrow_,
@@ -474,7 +475,7 @@ class PixelProduct {
   }
 
   int64_t wide_, narrow_, floats_ = 0;
-  bool symmetric_;
+  bool symmetric_, in_double_;
   float* panels_ = nullptr;
   double* sums_ = nullptr;
 };
@@ -502,13 +503,13 @@ Tensor transposed_product(const Tensor& a, const Tensor& b, const Tensor& lent) 
   return product.total(a, swapped);
 }
 
-std::tuple<Tensor, Tensor> gram(const Tensor& d, const Tensor& lent) {
-  constexpr const char* op = "gram";
+std::tuple<Tensor, Tensor> symmetric_product(const char* op, const Tensor& d, const Tensor& lent,
+                                             bool in_double) {
   check_matrix(op, "d", d);
   const float* source = product_matrix(op, "d", d, d.size(0));
   const int64_t channels = d.size(1);
   const Split split = Split::by_rows(channels * channels);
-  PixelProduct product(d.size(0), channels, channels, split, true);
+  PixelProduct product(d.size(0), channels, channels, split, true, in_double);
   Workspace workspace(op, lent, workspace_bytes(d.size(0), channels, channels));
   product.take(workspace);
   const int64_t threads = product.blocks.threads;
@@ -528,6 +529,14 @@ std::tuple<Tensor, Tensor> gram(const Tensor& d, const Tensor& lent) {
   std::copy_n(add_parts(channels, threads, thread_sums), channels,
               static_cast<double*>(sum_d.mutable_data_ptr()));
   return {sum_d, product.symmetric_total(d)};
+}
+
+std::tuple<Tensor, Tensor> gram(const Tensor& d, const Tensor& workspace) {
+  return symmetric_product("gram", d, workspace, false);
+}
+
+std::tuple<Tensor, Tensor> gram_in_double(const Tensor& d, const Tensor& workspace) {
+  return symmetric_product("gram_in_double", d, workspace, true);
 }
 
 std::tuple<Tensor, Tensor> masked_products_(const Tensor& grad_out, const Tensor& mask,
@@ -591,6 +600,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_bottleneck, CPU, m) {
   m.impl("product_bn_backward_reduce_", TORCH_BOX(&product_bn_backward_reduce_));
   m.impl("transposed_product", TORCH_BOX(&transposed_product));
   m.impl("gram", TORCH_BOX(&gram));
+  m.impl("gram_in_double", TORCH_BOX(&gram_in_double));
   m.impl("masked_products_", TORCH_BOX(&masked_products_));
 }
 
