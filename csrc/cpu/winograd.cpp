@@ -119,20 +119,42 @@ struct GradPlan {
   int64_t left, right, sums;  // floats of a block's panels, doubles of one position
 };
 
+// Products per pair of channels that a scheme takes for the weight's gradient, dy [count, height,
+// width].
+int64_t grad_products(WinogradScheme scheme, int64_t count, int64_t height, int64_t width) {
+  const WinogradKernels& kernels = winograd_kernels(scheme);
+  return kernels.points * kernels.points * tile_count(count, height, width, kernels.outputs);
+}
+
+// Simpler transforms are worth so many more products.
+constexpr double kWorthOfDirect = 1.2;
+
+WinogradScheme grad_scheme(const char* op, int64_t stride, int64_t count, int64_t height,
+                           int64_t width) {
+  const WinogradScheme scheme = scheme_of(op, stride, false);
+  if (scheme != WinogradScheme::strided) return scheme;
+  const auto direct = grad_products(WinogradScheme::direct, count, height, width);
+  const auto strided = static_cast<double>(grad_products(scheme, count, height, width));
+  return direct < kWorthOfDirect * strided ? WinogradScheme::direct : scheme;
+}
+
 // Enough for a convolution with an output (if transposed: gradient of the input) [N, H, W, C] from
 // `depth` channels, and for the gradient of its weight.
 int64_t winograd_workspace(int64_t count, int64_t height, int64_t width, int64_t depth,
                            int64_t channels, int64_t stride, bool transposed) {
-  const WinogradKernels& kernels =
-      winograd_kernels(scheme_of("winograd_workspace", stride, transposed));
+  constexpr const char* op = "winograd_workspace";
+  const WinogradKernels& kernels = winograd_kernels(scheme_of(op, stride, transposed));
   STD_TORCH_CHECK(count > 0 && height > 0 && width > 0 && depth > 0 && channels > 0,
                   "winograd_workspace: expected count, height, width, depth and channels to be "
                   "positive, got ",
                   count, ", ", height, ", ", width, ", ", depth, ", ", channels);
-  const int64_t tiles = tile_count(count, height, width, kernels.outputs);
-  const int positions = kernels.points * kernels.points;
-  return std::max(Plan(positions, tiles, depth, channels).bytes(),
-                  GradPlan(positions, tiles, channels, depth).bytes());
+  const WinogradKernels& grad = winograd_kernels(grad_scheme(op, stride, count, height, width));
+  return std::max(Plan(kernels.points * kernels.points,
+                       tile_count(count, height, width, kernels.outputs), depth, channels)
+                      .bytes(),
+                  GradPlan(grad.points * grad.points,
+                           tile_count(count, height, width, grad.outputs), channels, depth)
+                      .bytes());
 }
 
 // The weight [K, C, 3, 3] with any strides as U; transposed: as that of the gradient of the input,
@@ -203,8 +225,9 @@ void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool 
 Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
                             const Tensor& lent) {
   constexpr const char* op = "winograd_weight_grad";
-  const WinogradKernels& kernels = winograd_kernels(scheme_of(op, stride, false));
   const Images dy = images(op, "grad", grad), from = images(op, "x", x);
+  const WinogradKernels& kernels =
+      winograd_kernels(grad_scheme(op, stride, dy.count, dy.height, dy.width));
   check_sizes(op, "grad", from, dy, stride, grad);
   const GradPlan plan(kernels.points * kernels.points,
                       tile_count(dy.count, dy.height, dy.width, kernels.outputs), dy.channels,
@@ -224,8 +247,9 @@ Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
     const ChannelRange channels(dy.channels, plan.split.channel_parts, block.part);
     double* to = sums + block.share * part_step + channels.begin * from.channels;
     for (int position = 0; position < plan.positions; ++position) {
-      kernels.pack_grad_position(
-          {range, dy.data, position, channels.begin, channels.end, left_rows, left});
+      if (position == 0 || !kernels.one_grad)
+        kernels.pack_grad_position(
+            {range, dy.data, position, channels.begin, channels.end, left_rows, left});
       kernels.pack_input_position(
           {range, from.data, position, 0, from.channels, right_rows, right});
       products.accumulate({block.rows,

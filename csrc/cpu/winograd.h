@@ -14,16 +14,18 @@
 //   forward       4       4          2        6     F(2, 3); with a turned weight also the gradient
 //   strided       5       5          2        6     stride 2: F(2, 2) on even, direct on odd inputs
 //   strided_grad  3       5          4        6     the gradient of its input
+//   direct        3       3          1        3     stride 2, for the gradient of the weight of
+//                                                   images that larger tiles overhang
 //
-// In two dimensions all counts are squared: 16 products for 36, and 25 for 36.
+// In two dimensions all counts are squared: 16 products for 36, 25 for 36, and 9 for 9.
 #pragma once
 
 #include <cstdint>
 
 namespace fused_bottleneck::cpu {
 
-enum class WinogradScheme : int { forward, strided, strided_grad };
-constexpr int kWinogradSchemes = 3;
+enum class WinogradScheme : int { forward, strided, strided_grad, direct };
+constexpr int kWinogradSchemes = 4;
 
 // Images [in_height, in_width, in_channels] and [out_height, out_width, out_channels], and output
 // tiles [begin, begin + count) of them, which are numbered row by row, image by image.
@@ -80,6 +82,8 @@ struct TransformSums {
 
 struct WinogradKernels {
   int points, outputs;  // along one dimension
+  bool one_grad;        // A dy is the same at all positions
+  // Of a convolution; null where the scheme is not for that.
   void (*transform_input)(const TransformInput&);
   void (*transform_weight)(const TransformWeight&, int64_t begin, int64_t end);
   void (*transform_output)(const TransformOutput&);

@@ -88,6 +88,17 @@ struct StridedGrad {
   }
 };
 
+// Stride 2, a tile to an output pixel, for the gradient of the weight only.
+struct Direct {
+  static constexpr int inputs = 3, points = 3, outputs = 1, step = 2, origin = -1;
+
+  static constexpr Taps input_taps[3] = {{{0, 0}, {1, 0}}, {{1, 1}, {1, 0}}, {{2, 2}, {1, 0}}};
+  static constexpr Taps grad_taps[3] = {{{0, 0}, {1, 0}}, {{0, 0}, {1, 0}}, {{0, 0}, {1, 0}}};
+  static FB_INLINE void weight_grad(const double (&u)[3], double (&g)[3]) {
+    for (int i = 0; i < 3; ++i) g[i] = u[i];
+  }
+};
+
 FB_INLINE int64_t tiles_along(int64_t pixels, int outputs) {
   return (pixels + outputs - 1) / outputs;
 }
@@ -354,6 +365,7 @@ template <class Scheme>
 inline constexpr WinogradKernels kernels_with_weight_grad = {
     Scheme::points,
     Scheme::outputs,
+    false,
     transform_input<Scheme>,
     transform_weight<Scheme>,
     transform_output<Scheme>,
@@ -366,8 +378,10 @@ inline constexpr WinogradKernels kernels_with_weight_grad = {
 const WinogradKernels winograd_kernels[kWinogradSchemes] = {
     kernels_with_weight_grad<Forward>,
     kernels_with_weight_grad<Strided>,
-    {StridedGrad::points, StridedGrad::outputs, transform_input<StridedGrad>,
+    {StridedGrad::points, StridedGrad::outputs, false, transform_input<StridedGrad>,
      transform_weight<StridedGrad>, transform_output<StridedGrad>, nullptr, nullptr, nullptr},
+    {Direct::points, Direct::outputs, true, nullptr, nullptr, nullptr, pack_input_position<Direct>,
+     pack_grad_position<Direct>, transform_sums<Direct>},
 };
 
 }  // namespace fused_bottleneck::cpu::FUSED_BOTTLENECK_ISA
