@@ -121,7 +121,7 @@ def _batch_norm(name: str, bn: "BatchNorm", size: Sequence[int], x: Tensor) -> P
             return problem
     if not bn.training and (bn.running_mean is None or bn.running_var is None):
         return ValueError(f"{name} needs running_mean and running_var when it is not training")
-    if bn.training and size[0] * size[2] * size[3] == 1:
+    if bn.training and bn.group is None and size[0] * size[2] * size[3] == 1:
         return ValueError(
             "Expected more than 1 value per channel when training, "
             f"got input size {torch.Size(size)}"
@@ -178,7 +178,18 @@ def bottleneck(x: Tensor, units: "Sequence[tuple[Conv, BatchNorm]]") -> Problem:
     for conv, bn in units[3:]:
         problem = problem or _unit("downsample conv", "downsample bn", conv, bn, x.shape, x)[0]
         problem = problem or _pointwise("downsample conv", conv, any_stride=True)
-    return problem
+    return problem or _groups([bn for _, bn in units])
+
+
+def _groups(norms: "Sequence[BatchNorm]") -> Problem:
+    groups = {bn.group for bn in norms if bn.training}
+    if len(groups) > 1:
+        names = ", ".join(sorted(map(str, groups)))
+        return ValueError(
+            "batch normalisations of one block must take their statistics over the same process "
+            f"group, got {names}"
+        )
+    return None
 
 
 def _output_shape(x: Tensor, convs: "Sequence[Conv]") -> tuple[int, ...]:
