@@ -12,7 +12,7 @@ a collective for each of four normalisations both ways.
 
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -48,13 +48,15 @@ def group_name(group: "ProcessGroup | None") -> str | None:
     if not (dist.is_available() and dist.is_initialized()):
         return None
     resolved = dist.group.WORLD if group is None else group
-    return resolved.group_name if dist.get_world_size(resolved) > 1 else None
+    if resolved is None or dist.get_world_size(resolved) < 2:
+        return None
+    return resolved.group_name
 
 
 def _resolved(group: str) -> "ProcessGroup":
-    from torch.distributed.distributed_c10d import _resolve_process_group  # not in every build
+    from torch.distributed import distributed_c10d  # not in every build of torch
 
-    return _resolve_process_group(group)
+    return distributed_c10d._resolve_process_group(cast("Any", group))
 
 
 def all_reduce(group: str, tensors: Sequence[Tensor]) -> list[Tensor]:

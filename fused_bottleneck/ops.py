@@ -175,8 +175,8 @@ def _bottleneck_backward(
 
 
 def _conv_bn_relu_forward(x: Tensor, *arguments: Any) -> ForwardResult:
-    (unit,), *others = _forward_arguments(*arguments)
-    return program.conv_bn_relu_forward(x, unit, *others)
+    (unit,), channels_last, backend, group = _forward_arguments(*arguments)
+    return program.conv_bn_relu_forward(x, unit, channels_last, backend, group)
 
 
 def _conv_bn_relu_backward(

@@ -113,8 +113,8 @@ def bottleneck_forward(
         terms = [t.term for t in tails if t.term is not None]
         residuals += [t.added for t in tails if t.added is not None]
         out, mask = stages.tail_forward(terms, residuals, channels_last)
-    states = (state1, state2, *(t.state for t in tails))
-    saved = [act1.y, act2.y, mask, *(s for state in states for s in state.tensors())]
+    saved = [act1.y, act2.y, mask, *state1.tensors(), *state2.tensors()]
+    saved += [s for t in tails for s in t.state.tensors()]
     return out, saved, [*reported1, *reported2, *(r for t in tails for r in t.reported)]
 
 
@@ -158,9 +158,7 @@ def _tails_backward(
         weights = [tail.operand_weight(units[i], stages, states[i]) for i in folded]
         sum_g, products = stages.tail_wgrad(grad, [operands[i] for i in folded], weights)
         if group is not None:  # where all are folded
-            return sync_tail.backward(
-                units, stages, states, weights, products, sum_g, count, group
-            )
+            return sync_tail.backward(units, stages, states, weights, products, sum_g, count, group)
         for i, a, s in zip(folded, weights, products, strict=True):
             results[i] = tail.folded_backward(units[i], stages, states[i], a, s, sum_g, count)
     for i, unit in enumerate(units):

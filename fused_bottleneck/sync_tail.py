@@ -39,9 +39,7 @@ def _local_fold(unit: Unit, stages: Stages, operand: Operand) -> tuple[FoldForwa
     the mean of the operand in float64."""
     assert operand.centre is not None
     mean_d, cov = stages.gram(operand)
-    fold = stages.fold(
-        unit.weight, unit.gamma, unit.beta, unit.eps, operand.centre, mean_d, cov
-    )
+    fold = stages.fold(unit.weight, unit.gamma, unit.beta, unit.eps, operand.centre, mean_d, cov)
     return fold, mean_d.double() + operand.centre
 
 
@@ -58,9 +56,7 @@ def _shared_fold(
     weight = unit.matrix()
     invstd = algebra.inverse_std(whole.moments.var, unit.eps).to(acc)
     offset = algebra.folded_offset(weight, centre, mean_d, None)
-    folded = algebra.fold(
-        weight, unit.scale(invstd), offset, unit.beta, mean_d, unit.weight.dtype
-    )
+    folded = algebra.fold(weight, unit.scale(invstd), offset, unit.beta, mean_d, unit.weight.dtype)
     fraction = whole.fraction.to(acc)
     state = TailState(centre, invstd, offset, mean_d, fold.weight_cov, deviation, fraction)
     moments = Moments(*(t.to(acc) for t in whole.moments))
@@ -99,9 +95,7 @@ def backward(
     return results
 
 
-def _shared_sums(
-    sums: Sequence[Tensor], states: Sequence[TailState], group: str
-) -> list[Tensor]:
+def _shared_sums(sums: Sequence[Tensor], states: Sequence[TailState], group: str) -> list[Tensor]:
     """This rank's fraction, which is that of all the units, of sums over all ranks."""
     fraction = next(state.fraction for state in states if state.fraction is not None)
     return collectives.all_reduce_fraction(group, sums, fraction)
@@ -114,7 +108,7 @@ def _shared_backward(
     s: Tensor,
     sum_g: Tensor,
     dgamma: Tensor,
-    shared: Sequence[Tensor],
+    shared: tuple[Tensor, Tensor],
     pixels: int,
 ) -> TailBackward:
     """shared: this rank's fraction of the sums of sum_g and dgamma over all ranks."""
@@ -127,6 +121,6 @@ def _shared_backward(
         weight, scale, invstd, centre, mean_d, weight_cov, deviation, s, sum_g, *shared
     )
     coefficients = algebra.folded_operand_grad(
-        weight, a, scale, invstd, mean_d, *shared, pixels
+        weight, a, scale, invstd, mean_d, *shared, max(pixels, 1)
     )
     return TailBackward(UnitGrads(dweight, dbias, dgamma, sum_g), coefficients, None)

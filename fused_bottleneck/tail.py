@@ -170,7 +170,7 @@ def product_backward(
     source, geometry = _source(operand, unit.geometry)
     y = stages.conv(source, unit.weight, geometry)
     normalised = UnitState(-state.offset, state.invstd)
-    g, sums = stages.masked_reduce(grad, y, *normalised)
+    g, sums = stages.masked_reduce(grad, y, normalised.mean, normalised.invstd)
     dy = conv_grad(stages, unit, y, normalised, g, sums)
     dweight = sums.g.new_empty(0)
     if needed:

@@ -156,7 +156,9 @@ def conv_grad(
     if state.fraction is not None:
         assert group is not None
         sums = GradSums(*collectives.all_reduce_fraction(group, sums, state.fraction))
-    bn = stages.bn_backward(scale, state.invstd, sums, pixels(y), unit.batch)
+    # No pixels are a fraction of zero of all.
+    count = max(pixels(y), 1)
+    bn = stages.bn_backward(scale, state.invstd, sums, count, unit.batch)
     return ConvGrad(g, y, state.mean, *bn)
 
 
