@@ -13,6 +13,7 @@ a collective for each of four normalisations both ways.
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -103,10 +104,11 @@ def _whole(
     return Whole(pixels, part.pixels / pixels, Moments(mean, var), operand_mean)
 
 
-_agreed: set[tuple[str, int, int]] = set()
+# What the ranks of a group agreed on, for as long as the group lives: names are used again.
+_agreed: "WeakKeyDictionary[ProcessGroup, set[int]]" = WeakKeyDictionary()
 
 
-def require_agreement(group: str, description: str) -> None:
+def require_agreement(group: str, description: str, device: torch.device) -> None:
     """Raise on every rank unless all ranks are about to run a block of one description.
 
     Asked once for each group and description: a collective that costs a synchronisation. Ranks
@@ -117,10 +119,10 @@ def require_agreement(group: str, description: str) -> None:
     """
     resolved = _resolved(group)
     digest = zlib.crc32(description.encode())
-    key = (group, id(resolved), digest)
-    if key in _agreed or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+    agreed = _agreed.setdefault(resolved, set())
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if digest in agreed or capturing:
         return
-    device = "cuda" if dist.get_backend(resolved) == "nccl" else "cpu"
     extremes = torch.tensor([digest, -digest], device=device)
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=resolved)
     if extremes.tolist() != [digest, -digest]:
@@ -128,4 +130,4 @@ def require_agreement(group: str, description: str) -> None:
             "normalisations that are synchronised must belong to the same block on every rank of "
             f"the process group, got another one than this rank's on some: {description}"
         )
-    _agreed.add(key)
+    agreed.add(digest)

@@ -98,7 +98,7 @@ def bottleneck_forward(
         out ``[N, 4M, H', W']``; what backward needs: ``[y1, y2, mask, *states]``; the mean and
         unbiased variance of every batch that a normalisation used, in the order of the units.
     """
-    _require_agreement(units, group)
+    _require_agreement(x, units, group)
     with stages_for(x, _convolutions(units), backend) as stages:
         x = stages.channels_last(x)
         act1, state1, reported1 = _conv_unit(stages, x, units[0], group)
@@ -132,10 +132,10 @@ def _tails_forward(
     return [tail.forward(unit, stages, operand, count) for unit, operand in pairs]
 
 
-def _require_agreement(units: Sequence[Unit], group: str | None) -> None:
+def _require_agreement(x: Tensor, units: Sequence[Unit], group: str | None) -> None:
     if group is not None:
         shapes = [f"{list(unit.weight.shape)}{'' if unit.batch else ' fixed'}" for unit in units]
-        collectives.require_agreement(group, "weights " + ", ".join(shapes))
+        collectives.require_agreement(group, "weights " + ", ".join(shapes), x.device)
 
 
 def _tails_backward(
@@ -283,7 +283,7 @@ def conv_bn_relu_forward(
     group: str | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Forward of ``relu(bn(conv(x)))``: out, ``[y, *state]``, and the statistics of the batch."""
-    _require_agreement([unit], group)
+    _require_agreement(x, [unit], group)
     with stages_for(x, _convolutions([unit]), backend) as stages:
         act, state, reported = _conv_unit(stages, stages.channels_last(x), unit, group)
         out = stages.activation(act, channels_last)
