@@ -31,7 +31,16 @@ Work = Callable[..., Any]
 
 
 class RankFailed(AssertionError):
-    """A rank raised, died or did not answer; the message has what each said."""
+    """A rank raised, died or did not answer; the message has what each of these said.
+
+    returned: what the others returned, by their number.
+    """
+
+    def __init__(self, answers: dict[int, tuple[bool, Any]]) -> None:
+        failed = {rank: text for rank, (good, text) in sorted(answers.items()) if not good}
+        said = "\n".join(f"rank {rank}: {text}" for rank, text in failed.items())
+        super().__init__(f"{len(failed)} of {len(answers)} ranks failed\n{said}")
+        self.returned = {rank: result for rank, (good, result) in answers.items() if good}
 
 
 class _Task(NamedTuple):
@@ -132,11 +141,9 @@ class Pool:
         for _, connection in ranks:
             connection.send_bytes(request)
         answers = self._collect(ranks, time.monotonic() + seconds)
-        failed = {r: answer for r, (returned, answer) in answers.items() if not returned}
-        if failed:
+        if not all(returned for returned, _ in answers.values()):
             self.close()
-            said = "\n".join(f"rank {rank}: {text}" for rank, text in sorted(failed.items()))
-            raise RankFailed(f"{len(failed)} of {processes} ranks failed\n{said}")
+            raise RankFailed(answers)
         return [answers[rank][1] for rank in range(processes)]
 
     def _collect(
@@ -155,7 +162,7 @@ class Pool:
                     answers[rank] = (False, "died")
                 if not answers[rank][0]:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-        return answers | {rank: (False, "did not answer") for rank in waiting.values()}
+        return answers | dict.fromkeys(waiting.values(), (False, "did not answer"))
 
     def _start(self, processes: int) -> None:
         context = get_context("spawn")

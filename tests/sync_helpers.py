@@ -20,6 +20,7 @@ from helpers import (
     run,
     zero_gradients,
 )
+from test_numerics import without_flips
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
@@ -85,6 +86,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "frozen downsample": lambda block: block.identity_downsample[1].eval(),
     "frozen weights": lambda block: block.conv3.weight.requires_grad_(False),
     "eval": lambda block: block.eval(),
+    "without flips": without_flips,
 }
 
 
@@ -154,6 +156,13 @@ def rank_step(rank: int, job: Job, grads: Sequence[Tensor | None]) -> Result:
         block, x = job.synchronised(), job.part(rank)
         assert block.why_not_fused(x) is None
         return run(block, x, grads[rank])
+
+
+def rank_results(
+    rank: int, jobs: Sequence[Job], grads: Sequence[Sequence[Tensor | None]]
+) -> list[Result]:
+    """A step of each of several fused blocks."""
+    return [rank_step(rank, job, of_job) for job, of_job in zip(jobs, grads, strict=True)]
 
 
 def rank_oracle(rank: int, job: Job, grads: Sequence[Tensor | None]) -> Result:
