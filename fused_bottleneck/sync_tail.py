@@ -120,7 +120,5 @@ def _shared_backward(
     dweight, dbias = algebra.synchronised_dweight(
         weight, scale, invstd, centre, mean_d, weight_cov, deviation, s, sum_g, *shared
     )
-    coefficients = algebra.folded_operand_grad(
-        weight, a, scale, invstd, mean_d, *shared, max(pixels, 1)
-    )
+    coefficients = algebra.folded_operand_grad(weight, a, scale, invstd, mean_d, *shared, pixels)
     return TailBackward(UnitGrads(dweight, dbias, dgamma, sum_g), coefficients, None)
