@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -33,11 +34,16 @@ from sync_helpers import (
     rank_step,
     rank_steps,
 )
+from test_benchmarks import TINY, TINY_DOWNSAMPLE
 from tolerances import FLOAT64, float64_offset
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_bottleneck as fb
+from benchmarks import collective_model
+from benchmarks.cases import new_block
+from benchmarks.shapes import BlockShape
+from fused_bottleneck import FusedBottleneck
 from fused_bottleneck.functional import BatchNorm, Conv, bottleneck
 
 UNIT = UnitCase(channels=6, width=5, stride=2, size=(0, 7, 6))
@@ -118,7 +124,7 @@ SIZES = {
 @pytest.mark.parametrize("case", ["identity", "downsample"])
 def test_resolutions(pool: Pool, case: str, sizes: str) -> None:
     """Each rank may have its own, and as few as one pixel."""
-    case_of_most = Case(**{**vars(CASES[case]), "size": (0, 8, 8)})
+    case_of_most = replace(CASES[case], size=(0, 8, 8))
     of_rank = SIZES[sizes]
     job = Job(case_of_most, (1,) * len(of_rank), sizes=of_rank)
     for fused, oracle in pool.run(job.world, rank_steps, job, [None] * job.world):
@@ -191,6 +197,27 @@ def test_offset_input_in_float64(pool: Pool, case: str) -> None:
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "barrier")
 
 
+def _summed(rank: int, shape: BlockShape) -> list[int]:
+    """How many numbers each all-reduce of a step sums."""
+    sizes: list[int] = []
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(new_block(FusedBottleneck, shape, bias=True))
+    x = torch.randn(2, shape.in_channels, shape.size, shape.size)
+    block(x)
+    original = dist.all_reduce
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            dist, "all_reduce", lambda t, **o: (sizes.append(t.numel()), original(t, **o))
+        )
+        block(x).sum().backward()
+    return sizes
+
+
+@pytest.mark.parametrize("shape", [TINY, TINY_DOWNSAMPLE], ids=lambda shape: shape.name)
+def test_bytes_of_the_collectives(pool: Pool, shape: BlockShape) -> None:
+    """The model of docs/scaling.md counts what is summed."""
+    assert pool.run(2, _summed, shape) == [collective_model.junctions(shape)] * 2
+
+
 def _counted(rank: int, job: Job) -> list[tuple[int, int]]:
     """Collectives of forward and backward in two steps."""
     calls: list[str] = []
@@ -217,6 +244,7 @@ def test_one_collective_a_junction(pool: Pool, case: str, junctions: int) -> Non
     """And one more before the first step, by which the ranks make sure of each other."""
     first, second = (junctions + 1, junctions), (junctions, junctions)
     assert pool.run(2, _counted, Job(CASES[case])) == [[first, second]] * 2
+    assert pool.run(1, _counted, Job(CASES[case], (4,))) == [[(0, 0)] * 2]
 
 
 def _in_subgroups(rank: int, job: Job, grads: list[Tensor]) -> Result:
@@ -328,7 +356,7 @@ def test_one_process(pool: Pool, case: str) -> None:
     job = Job(CASES[case], (3,))
     for result in (_alone(0, job), *pool.run(1, _alone, job)):
         assert_equal_float64(result, job.whole(), noise=noise(job))
-    single = Job(CASES[case], (1,), sizes=((1, 1),))
+    single = replace(job, split=(1,), sizes=((1, 1),))
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         _alone(0, single)
 
