@@ -7,7 +7,7 @@ junction of the program, whatever is known there.
 
 The bottleneck has three junctions in forward (after conv1, after conv2, and before the last
 product: conv3 and the downsample together) and three in backward, where ``nn.SyncBatchNorm`` takes
-a collective for each of four normalisations both ways.
+one collective for each normalisation both ways: four with a downsample.
 """
 
 import zlib
@@ -35,11 +35,12 @@ class Part(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """The batch of one normalisation over all ranks, in float64: pixels ``[1]``, this rank's
-    fraction of them ``[1]``, moments ``[C]``, and the mean ``[K]`` of the convolution's operand."""
+    """The batch of one normalisation over all ranks, in float64: this rank's fraction of its pixels
+    ``[1]``, Bessel's correction of its variance ``[1]``, moments ``[C]``, and the mean ``[K]`` of the
+    convolution's operand."""
 
-    pixels: Tensor
     fraction: Tensor
+    correction: Tensor
     moments: Moments
     operand_mean: Tensor | None
 
@@ -98,10 +99,12 @@ def _sums(part: Part) -> list[Tensor]:
 def _whole(
     part: Part, pixels: Tensor, total: Tensor, squares: Tensor, operand: Tensor | None = None
 ) -> Whole:
+    pixels = pixels.clamp_min(1)  # where no rank has any, all is zero
     mean = total / pixels
     var = (squares / pixels - mean.square()).clamp_min_(0)
     operand_mean = None if operand is None else operand / pixels
-    return Whole(pixels, part.pixels / pixels, Moments(mean, var), operand_mean)
+    correction = pixels / (pixels - 1).clamp_min(1)
+    return Whole(part.pixels / pixels, correction, Moments(mean, var), operand_mean)
 
 
 # What the ranks of a group agreed on, for as long as the group lives: names are used again.

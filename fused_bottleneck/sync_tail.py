@@ -60,7 +60,7 @@ def _shared_fold(
     fraction = whole.fraction.to(acc)
     state = TailState(centre, invstd, offset, mean_d, fold.weight_cov, deviation, fraction)
     moments = Moments(*(t.to(acc) for t in whole.moments))
-    reported = unit.reported(moments, whole.pixels.to(acc))
+    reported = unit.reported(moments, whole.correction.to(acc))
     return TailForward(FoldedTerm(operand, folded), None, state, reported)
 
 

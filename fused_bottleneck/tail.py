@@ -22,7 +22,7 @@ from . import algebra
 from .operands import POINTWISE, Activation, ConvGrad, Geometry, MaskedGrad, StridedInput
 from .rules import uses_gram
 from .stages import FoldedTerm, Operand, Stages
-from .units import Unit, UnitGrads, UnitState, conv_grad, unit_grads
+from .units import Unit, UnitGrads, UnitState, bessel, conv_grad, unit_grads
 
 
 class TailState(NamedTuple):
@@ -118,7 +118,9 @@ def _folded_forward(unit: Unit, stages: Stages, operand: Operand, pixels: int) -
         unit.weight, unit.gamma, unit.beta, unit.eps, centre, mean_d, cov
     )
     state = TailState(centre, invstd, offset, mean_d.to(invstd.dtype), weight_cov)
-    return TailForward(FoldedTerm(operand, folded), None, state, unit.reported(moments, pixels))
+    return TailForward(
+        FoldedTerm(operand, folded), None, state, unit.reported(moments, bessel(pixels))
+    )
 
 
 def fixed_forward(unit: Unit, operand: Operand) -> TailForward:
@@ -143,7 +145,7 @@ def _product_forward(unit: Unit, stages: Stages, operand: Operand, pixels: int) 
     state = TailState(centre, invstd, -moments.mean)
     if isinstance(operand, Activation):  # y is that of the centred operand
         moments = moments._replace(mean=moments.mean + unit.matrix() @ centre)
-    return TailForward(None, added, state, unit.reported(moments, pixels))
+    return TailForward(None, added, state, unit.reported(moments, bessel(pixels)))
 
 
 def operand_weight(unit: Unit, stages: Stages, state: TailState) -> Tensor:

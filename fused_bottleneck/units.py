@@ -49,14 +49,14 @@ class Unit(NamedTuple):
             mean -= self.bias
         return Moments(mean, self.fixed_var.to(acc, copy=True))
 
-    def reported(self, moments: Moments, count: int | Tensor) -> list[Tensor]:
+    def reported(self, moments: Moments, correction: float | Tensor) -> list[Tensor]:
         """What the running statistics see: mean (with the bias) and unbiased variance of a batch
-        with that many values per channel; nothing where statistics are fixed."""
+        with those moments; nothing where statistics are fixed."""
         if not self.batch:
             return []
         # A new tensor even without a bias: the mean itself is kept for backward.
         mean = moments.mean.clone() if self.bias is None else moments.mean + self.bias
-        return [mean, unbiased(moments.var, count)]
+        return [mean, moments.var * correction]
 
 
 class UnitState(NamedTuple):
@@ -93,9 +93,9 @@ class UnitGrads(NamedTuple):
     beta: Tensor
 
 
-def unbiased(var: Tensor, count: int | Tensor) -> Tensor:
-    """The unbiased variance of a sample of that size with biased variance var."""
-    return var * (count / (count - 1))
+def bessel(count: int) -> float:
+    """What makes the variance of that many values unbiased."""
+    return count / (count - 1)
 
 
 def unit_state(unit: Unit, moments: Moments) -> UnitState:
@@ -115,7 +115,7 @@ def batch_activation(
     invstd, scale, beta, mean = stages.bn_forward(
         moments, unit.gamma, unit.beta, unit.bias, unit.eps
     )
-    reported = [mean, unbiased(moments.var, pixels(y))]
+    reported = [mean, moments.var * bessel(pixels(y))]
     return Activation(y, moments.mean, scale, beta), UnitState(moments.mean, invstd), reported
 
 
@@ -128,8 +128,8 @@ def _synchronised_activation(
         Moments(mean, var), unit.gamma, unit.beta, unit.bias, unit.eps
     )
     state = UnitState(mean, invstd, moments.mean - mean, whole.fraction.to(mean.dtype))
-    variance = unbiased(var, whole.pixels.to(var.dtype))
-    return Activation(y, mean, scale, beta), state, [reported, variance]
+    unbiased = var * whole.correction.to(var.dtype)
+    return Activation(y, mean, scale, beta), state, [reported, unbiased]
 
 
 def activation(y: Tensor, unit: Unit, state: UnitState) -> Activation:

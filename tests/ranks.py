@@ -66,6 +66,7 @@ def process_group(rank: int, task: _Task) -> Iterator[None]:
         timeout=task.timeout,
     )
     try:
+        dist.barrier()  # a rank that is done must not close what another one is still opening
         yield
     finally:
         dist.destroy_process_group()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,7 +11,9 @@ from conftest import use
 from helpers import (
     Case,
     Result,
+    assert_criterion,
     channels_last,
+    errors,
     grad_like,
     in_dtype,
     noise_gradients,
@@ -20,6 +22,7 @@ from helpers import (
     run,
     zero_gradients,
 )
+from ranks import Pool
 from test_numerics import without_flips
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
@@ -78,6 +81,11 @@ def _no_momentum(block: nn.Module) -> None:
         norm.momentum = None
 
 
+WIDE = {  # as in test_numerics: enough channels for the criterion
+    "identity": Case(channels=256, width=64, size=(0, 7, 6)),
+    "downsample": Case(channels=64, width=64, stride=2, downsample="conv", size=(0, 13, 12)),
+}
+
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "": lambda block: None,
     "affine False": _no_affine,
@@ -94,7 +102,8 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 class Job:
     """A block, what is changed in it, and how its batch is split over the ranks.
 
-    offset is added to the input. sizes: height and width on each rank, where they differ.
+    offset is added to the input. sizes: height and width on each rank, where they differ. device:
+    "cpu", or "cuda" for one GPU of the ranks each, as far as there are.
     """
 
     case: Case
@@ -105,11 +114,18 @@ class Job:
     dtype: torch.dtype = torch.float64
     offset: float = 0.0
     seed: int = 0
-    sizes: tuple[tuple[int, int], ...] = field(default=())
+    sizes: tuple[tuple[int, int], ...] = ()
+    device: str = "cpu"
 
     @property
     def world(self) -> int:
         return len(self.split)
+
+    def place(self, rank: int) -> torch.device:
+        """Where a rank computes."""
+        if self.device == "cpu":
+            return torch.device("cpu")
+        return torch.device("cuda", rank % torch.cuda.device_count())
 
     def module(self, fused: bool) -> nn.Module:
         """The block with normalisations of a process of its own."""
@@ -146,16 +162,24 @@ class Job:
 
     def whole(self) -> Result:
         """A step of the plain block on the whole batch."""
-        return run(self.module(fused=False), self.batch())
+        place = self.place(0)
+        return on_cpu(run(self.module(fused=False).to(place), self.batch().to(place)))
+
+
+def on_cpu(result: Result) -> Result:
+    """The result with its tensors in the host's memory."""
+    grads = {name: None if t is None else t.cpu() for name, t in result.grads.items()}
+    return Result(result.out.cpu(), grads, {name: t.cpu() for name, t in result.buffers.items()})
 
 
 def rank_step(rank: int, job: Job, grads: Sequence[Tensor | None]) -> Result:
     """A step of the fused block on this rank's part; grads: of every rank's output."""
     with pytest.MonkeyPatch.context() as patch:
         use(job.backend, patch)
-        block, x = job.synchronised(), job.part(rank)
+        place, grad = job.place(rank), grads[rank]
+        block, x = job.synchronised().to(place), job.part(rank).to(place)
         assert block.why_not_fused(x) is None
-        return run(block, x, grads[rank])
+        return on_cpu(run(block, x, None if grad is None else grad.to(place)))
 
 
 def rank_results(
@@ -196,3 +220,20 @@ def noise(job: Job) -> set[str]:
     """Gradients that are zero over all ranks together, of biases before batch statistics."""
     plain = job.module(fused=False)
     return zero_gradients(plain) | noise_gradients(plain)
+
+
+def assert_by_criterion(pool: Pool, jobs: list[Job], but: str = "", backend: str = "gloo") -> None:
+    """The error of all ranks together against float64 not above that of eager on the whole batch;
+    but: tensors that are left out, by the end of their names. An offset is taken out for float64:
+    batch statistics remove it, so that the oracle has not lost a digit."""
+    eager = [job.whole() for job in jobs]
+    grads = [output_grads(job, whole) for job, whole in zip(jobs, eager, strict=True)]
+    ranks = pool.run(jobs[0].world, rank_results, jobs, grads, backend=backend)
+    rows: tuple[list[dict[str, float]], list[dict[str, float]]] = ([], [])
+    for job, theirs, *ours in zip(jobs, eager, *ranks, strict=True):
+        exact = in_dtype(job.module(fused=False), torch.float64)
+        want = run(exact, job.batch().double() - job.offset)
+        for errors_of, got in zip(rows, (joined(ours), theirs), strict=True):
+            found = errors(got, want, noise(job))
+            errors_of.append({n: e for n, e in found.items() if not (but and n.endswith(but))})
+    assert_criterion(*rows, jobs[0].dtype)

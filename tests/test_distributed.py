@@ -16,21 +16,19 @@ from helpers import (
     CRITERION_SEEDS,
     Case,
     Result,
-    assert_criterion,
     assert_equal_float64,
-    errors,
-    in_dtype,
     run,
 )
 from model_helpers import assert_close, images, small_resnet, step
 from ranks import Pool, RankFailed
 from sync_helpers import (
+    WIDE,
     Job,
     UnitCase,
+    assert_by_criterion,
     joined,
     noise,
     output_grads,
-    rank_results,
     rank_step,
     rank_steps,
 )
@@ -112,6 +110,15 @@ def test_splits(pool: Pool, case: str, split: str, layout: str) -> None:
     assert_as_one_process(pool, Job(CASES[case], SPLITS[split], channels_last=last))
 
 
+@pytest.mark.parametrize("case", ["downsample", "unit"])
+def test_no_rank_has_a_batch(pool: Pool, case: str) -> None:
+    """Gradients are zero, and nothing becomes NaN."""
+    job = Job(CASES[case], (0, 0))
+    for result in pool.run(2, rank_step, job, [None, None]):
+        assert all(t.isfinite().all() for t in result.tensors().values())
+        assert not any(grad.any() for grad in result.grads.values() if grad is not None)
+
+
 SIZES = {
     "two": ((6, 5), (3, 7)),
     "one value per channel": ((1, 1), (1, 1)),
@@ -132,28 +139,6 @@ def test_resolutions(pool: Pool, case: str, sizes: str) -> None:
 
 
 # Lower precision, and inputs whose mean is large against their deviation.
-
-WIDE = {  # as in test_numerics: enough channels for the criterion
-    "identity": Case(channels=256, width=64, size=(0, 7, 6)),
-    "downsample": Case(channels=64, width=64, stride=2, downsample="conv", size=(0, 13, 12)),
-}
-
-
-def assert_by_criterion(pool: Pool, jobs: list[Job], but: str = "") -> None:
-    """The error of all ranks together against float64 not above that of eager on the whole batch;
-    but: tensors that are left out, by the end of their names. An offset is taken out for float64:
-    batch statistics remove it, so that the oracle has not lost a digit."""
-    eager = [job.whole() for job in jobs]
-    grads = [output_grads(job, whole) for job, whole in zip(jobs, eager, strict=True)]
-    ranks = pool.run(jobs[0].world, rank_results, jobs, grads)
-    rows: tuple[list[dict[str, float]], list[dict[str, float]]] = ([], [])
-    for job, theirs, *ours in zip(jobs, eager, *ranks, strict=True):
-        exact = in_dtype(job.module(fused=False), torch.float64)
-        want = run(exact, job.batch().double() - job.offset)
-        for errors_of, got in zip(rows, (joined(ours), theirs), strict=True):
-            found = errors(got, want, noise(job))
-            errors_of.append({n: e for n, e in found.items() if not (but and n.endswith(but))})
-    assert_criterion(*rows, jobs[0].dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
