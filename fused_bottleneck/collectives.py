@@ -36,8 +36,8 @@ class Part(NamedTuple):
 
 class Whole(NamedTuple):
     """The batch of one normalisation over all ranks, in float64: this rank's fraction of its pixels
-    ``[1]``, Bessel's correction of its variance ``[1]``, moments ``[C]``, and the mean ``[K]`` of the
-    convolution's operand."""
+    ``[1]``, the factor ``[1]`` that makes its variance unbiased, moments ``[C]``, and the mean
+    ``[K]`` of the convolution's operand."""
 
     fraction: Tensor
     correction: Tensor
