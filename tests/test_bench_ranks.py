@@ -11,7 +11,7 @@ from ranks import Pool
 from test_bench_scripts import convergence_run
 from test_benchmarks import TINY_DOWNSAMPLE
 
-from benchmarks import bench_ranks, collective_model, options, ranks_report, records
+from benchmarks import bench_ranks, collective_model, options, records, report
 from benchmarks.shapes import RESNET50, SHAPES
 from fused_bottleneck import collectives
 
@@ -59,7 +59,7 @@ def test_command(
     assert not output.exists()
 
 
-def test_table() -> None:
+def test_table(tmp_path: Path) -> None:
     def row(ranks: int, variant: str, ms: float) -> dict[str, object]:
         return {
             "ranks": ranks,
@@ -78,7 +78,10 @@ def test_table() -> None:
             row(2, "collectives", 6),
         ],
     }
-    lines = [line.replace(" ", "") for line in ranks_report.text(run).splitlines()]
+    records.write(run, tmp_path / "results" / "ranks.json")
+    text = tmp_path / "report.md"
+    assert report.main(["--results", str(tmp_path / "results"), "--text", str(text)]) == 0
+    lines = [line.replace(" ", "") for line in text.read_text().rstrip().splitlines()]
     assert lines[-2].startswith("|1|100.0(100.0-100.0)|-|-|-|-|-|80.0|1.00|")
     assert lines[-1].endswith("|25.00|25.0%|6.00(6.00-6.00)|1000|128.0|0.80|")
 
