@@ -137,7 +137,7 @@ def bytes_table() -> str:
     totals.append(_network([nn_step_bytes(s, GPUS[0]) for s in RESNET50]))
     blocks = str(sum(s.count for s in RESNET50))
     rows.append(["all blocks", blocks, *[""] * 6, *(f"{total / 1e3:.0f}" for total in totals)])
-    header = ["block", "of these", "conv1", "conv2", "tail", "tail'", "conv2'", "conv1'"]
+    header = ["block", "blocks", "conv1", "conv2", "tail", "tail'", "conv2'", "conv1'"]
     header += ["a step, kB", f"nn on {GPUS[0]} GPUs, kB"]
     return markdown(header, rows)
 
