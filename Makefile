@@ -92,12 +92,13 @@ bench: build ## measure on the CPU; write benchmarks/results/ (about half an hou
 	$(python) -m benchmarks.bench_stages $(QUICK)
 	$(python) -m benchmarks.bench_resnet50 $(QUICK)
 	$(python) -m benchmarks.bench_scaling $(QUICK)
+	$(python) -m benchmarks.bench_ranks $(QUICK)
 	$(python) -m benchmarks.convergence $(QUICK)
 
 bench-gpu: ## build, test, tune and measure on a GPU, with $(interpreter) as it is, in 9 minutes
 	$(interpreter) -m benchmarks.suite --device cuda $(SUITE)
 
-report: venv ## write the measured tables of README.md, the plots and docs/compatibility.md
+report: venv ## write the tables of README.md and docs/scaling.md, the plots and docs/compatibility.md
 	$(python) -m benchmarks.report
 	$(python) -m benchmarks.compatibility
 

@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # What a run and its report write; a change in it is not a change of what was measured.
-GENERATED = (":!benchmarks/results", ":!README.md")
+GENERATED = (":!benchmarks/results", ":!README.md", ":!docs/scaling.md")
 
 # {"benchmark": name, "environment": {...}, "settings": {...}, "records": [{...}, ...]}, and the
 # "peaks" of a run that measures them.

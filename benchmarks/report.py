@@ -1,7 +1,7 @@
-"""Write the tables between README.md's `bench` markers, and the plots, from benchmarks/results/.
+"""Write the tables between the `bench` markers of README.md and docs/scaling.md, and the plots.
 
     python -m benchmarks.report            # write
-    python -m benchmarks.report --check    # exit status 1 if README.md is not up to date
+    python -m benchmarks.report --check    # exit status 1 if one is not up to date
     python -m benchmarks.report --results DIR --text FILE.md --csv FILE.csv    # of another folder
 
 A region is `<!-- bench:NAME:start -->` ... `<!-- bench:NAME:end -->`, with a NAME of `REGIONS`.
@@ -16,7 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import (
+    collective_model,
     convergence_report,
+    ranks_report,
     records,
     resnet_report,
     scaling_report,
@@ -25,7 +27,7 @@ from benchmarks import (
 )
 from benchmarks.records import Run, place
 
-README = records.ROOT / "README.md"
+DOCUMENTS = (records.ROOT / "README.md", records.ROOT / "docs" / "scaling.md")
 REGION = re.compile(
     r"(<!-- bench:(?P<name>[\w-]+):start -->\n).*?(<!-- bench:(?P=name):end -->)", re.S
 )
@@ -61,7 +63,9 @@ TEXTS: dict[str, Callable[[Run], str]] = {
     "network": resnet_report.text,
     "scaling": scaling_report.text,
     "convergence": convergence_report.text,
+    "ranks": ranks_report.text,
 }
+PICTURED = [name for name in TEXTS if name != "ranks"]
 
 
 def _gpu(runs: Runs) -> str:
@@ -82,7 +86,11 @@ REGIONS: dict[str, Callable[[Runs], str]] = {
     "forward": _each_run("block", lambda name, run: tables.time_table(run, "forward")),
     "memory": _each_run("block", lambda name, run: tables.memory_table(run)),
     "figures": _each_run("block", lambda name, run: tables.figures_table(run)),
-    **{name: _each_run(name, _whole) for name in TEXTS if name != "block"},
+    **{name: _each_run(name, _whole) for name in PICTURED if name != "block"},
+    "ranks": _each_run("ranks", lambda name, run: ranks_report.text(run)),
+    "collective-bytes": lambda runs: collective_model.bytes_table(),
+    "collective-seconds": lambda runs: collective_model.seconds_table(),
+    "collective-floors": lambda runs: collective_model.floor_table(),
 }
 
 
@@ -110,6 +118,8 @@ def write_plots(runs: Runs, results: Path) -> None:
         "convergence": convergence_report.plot,
     }
     for name, run in runs.items():
+        if run["benchmark"] not in PICTURED:
+            continue
         pictures[run["benchmark"]](run, results / f"{name}.png")
 
 
@@ -119,8 +129,8 @@ def write_text(runs: Runs, path: Path) -> None:
     path.write_text("\n".join(parts) or f"{NO_RUNS}\n")
 
 
-def main(argv: Sequence[str] | None = None, readme: Path = README) -> int:
-    """Write, or check, `readme` and the plots beside the records."""
+def main(argv: Sequence[str] | None = None, documents: Sequence[Path] = DOCUMENTS) -> int:
+    """Write, or check, the documents and the plots beside the records."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0]
     )
@@ -128,7 +138,7 @@ def main(argv: Sequence[str] | None = None, readme: Path = README) -> int:
     parser.add_argument(
         "--results", type=Path, default=records.RESULTS, help="folder of the records"
     )
-    parser.add_argument("--text", type=Path, help="write all tables there, and leave README.md be")
+    parser.add_argument("--text", type=Path, help="write all tables there, and no document")
     parser.add_argument("--csv", type=Path, help="write every record there, one a row")
     args = parser.parse_args(argv)
     runs = records.read_all(args.results)
@@ -138,13 +148,14 @@ def main(argv: Sequence[str] | None = None, readme: Path = README) -> int:
         write_text(runs, args.text)
         write_plots(runs, args.results)
         return 0
-    text = readme.read_text()
-    filled = fill(text, runs)
+    filled = {document: fill(document.read_text(), runs) for document in documents}
+    stale = [document for document, text in filled.items() if text != document.read_text()]
     if args.check:
-        if filled != text:
-            print(f"{readme.name} is not up to date: run `make report`", file=sys.stderr)
-        return int(filled != text)
-    readme.write_text(filled)
+        for document in stale:
+            print(f"{document.name} is not up to date: run `make report`", file=sys.stderr)
+        return int(bool(stale))
+    for document in stale:
+        document.write_text(filled[document])
     write_plots(runs, args.results)
     return 0
 

@@ -60,6 +60,7 @@ _MOST_CONVOLUTIONS = 8
 
 
 _OWN_FORWARD = "its forward was replaced on the instance"
+_SHARDED = "fully_shard has changed its class: fuse before fully_shard"
 
 
 class Finding(NamedTuple):
@@ -116,7 +117,11 @@ def _survey(name: str, module: nn.Module, visited: set[int]) -> list[Finding]:
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}" if name else child_name
         found += _survey(path, child, visited)
-    if any(f.layout is not None for f in found) or not _may_be_block(module):
+    if any(f.layout is not None for f in found):
+        return found
+    if _is_sharded(module) and _looks_like_block(module):
+        return [Finding(name, module, None, _SHARDED)]
+    if not _may_be_block(module):
         return found
     proved = tracing.prove(module)
     if isinstance(proved, Layout):
@@ -130,6 +135,11 @@ def _survey(name: str, module: nn.Module, visited: set[int]) -> list[Finding]:
 def _finding(name: str, module: nn.Module, where: Layout) -> Finding:
     reason = instance_reason(module, where)
     return Finding(name, module, where if reason is None else None, reason)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether it is an FSDPModule: by name, as that class takes long to import."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
 def _may_be_block(module: nn.Module) -> bool:

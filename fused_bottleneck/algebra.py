@@ -159,6 +159,39 @@ def folded_dweight(
     return grad.mul_(scale[:, None])
 
 
+def synchronised_dweight(
+    weight: Tensor,
+    scale: Tensor,
+    invstd: Tensor,
+    centre: Tensor,
+    mean_d: Tensor,
+    weight_cov: Tensor,
+    deviation: Tensor,
+    s: Tensor,
+    sum_g: Tensor,
+    shared_sum_g: Tensor,
+    shared_dgamma: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """This rank's part of the weight's gradient ``[W, K]`` and of ``sum(dy)`` ``[W]``, behind
+    statistics over several ranks.
+
+    mean_d is the operand's mean over all ranks less this rank's centre, ``mean_d + deviation`` that
+    over this rank; weight_cov is of this rank's covariance; shared_sum_g and shared_dgamma are
+    this rank's fraction of the sums over all ranks. With ``xhat = invstd (D weight^T + offset)``
+    and ``k = invstd shared_dgamma``, row by row:
+
+    ``h = shared_sum_g + k (weight deviation)``, which sums g's mean and xhat's part over this rank;
+    ``sum(dy) = scale (sum_g - h)``, zero over all ranks together;
+    ``dW = scale (S - h (mean_d + deviation)^T - k (weight cov)) + sum(dy) centre^T``.
+    """
+    k = invstd * shared_dgamma
+    h = shared_sum_g + k * (weight @ deviation)
+    grad = torch.addr(s, h, mean_d + deviation, alpha=-1)
+    grad.sub_(k[:, None] * weight_cov).mul_(scale[:, None])
+    sum_dy = scale * (sum_g - h)
+    return grad.addr_(sum_dy, centre), sum_dy
+
+
 class OperandGrad(NamedTuple):
     """``grad_a = g a + D b + shift``: matrices in the compute dtype; b, shift None when fixed."""
 

@@ -29,7 +29,8 @@ class Plan(NamedTuple):
     """Everything about a program's units that is not a tensor, one entry per unit.
 
     batch: normalise with batch statistics. channels_last: layout of out and of grad_x.
-    backend: what is to serve (dispatch.py); None for its choice.
+    backend: what is to serve (dispatch.py); None for its choice. group: the name of the process
+    group over whose ranks batch statistics are taken; None: over this process's batch.
     """
 
     eps: tuple[float, ...]
@@ -37,12 +38,13 @@ class Plan(NamedTuple):
     batch: tuple[bool, ...]
     channels_last: tuple[bool, bool]
     backend: str | None = None
+    group: str | None = None
 
 
 def _forward_fields(plan: Plan, tensors: Sequence[Tensor | None]) -> list[Any]:
     columns = [list(tensors[i::TENSORS_PER_UNIT]) for i in range(TENSORS_PER_UNIT)]
     geometries = pack_geometry(plan.geometries)
-    return [*columns, plan.eps, geometries, plan.channels_last[0], plan.backend]
+    return [*columns, plan.eps, geometries, plan.channels_last[0], plan.backend, plan.group]
 
 
 def _save(ctx: Any, x: Tensor, tensors: Sequence[Tensor | None], saved: Sequence[Tensor]) -> None:
@@ -126,6 +128,7 @@ class BottleneckFunction(torch.autograd.Function):
                 needs,
                 ctx.plan.channels_last[1],
                 ctx.plan.backend,
+                ctx.plan.group,
             )
         return None, None, *_scatter(needs, grads, fixed=2)
 
@@ -165,5 +168,6 @@ class ConvBNReLUFunction(torch.autograd.Function):
                 needs,
                 ctx.plan.channels_last[1],
                 ctx.plan.backend,
+                ctx.plan.group,
             )
         return None, None, *_scatter(needs, grads, fixed=1)

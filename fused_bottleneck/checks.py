@@ -54,14 +54,16 @@ def module(model: Any) -> Problem:
     return TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _input(x: Tensor) -> Problem:
+def _input(x: Tensor, norms: "Sequence[BatchNorm]") -> Problem:
     if x.dim() != 4:
         return ValueError(f"x must be [N, C, H, W], got {x.dim()} dimensions: {_shape(x)}")
     if x.layout != torch.strided:
         return TypeError(f"x must have a strided layout, got {x.layout}")
     if x.dtype not in DTYPES:
         return TypeError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}")
-    if x.numel() == 0:
+    # A rank without a batch takes part where statistics are over several.
+    shared = any(bn.training and bn.group is not None for bn in norms)
+    if 0 in (x.shape[1:] if shared else x.shape):
         return ValueError(f"x must not be empty, got shape {_shape(x)}")
     return None
 
@@ -121,7 +123,7 @@ def _batch_norm(name: str, bn: "BatchNorm", size: Sequence[int], x: Tensor) -> P
             return problem
     if not bn.training and (bn.running_mean is None or bn.running_var is None):
         return ValueError(f"{name} needs running_mean and running_var when it is not training")
-    if bn.training and size[0] * size[2] * size[3] == 1:
+    if bn.training and bn.group is None and size[0] * size[2] * size[3] == 1:
         return ValueError(
             "Expected more than 1 value per channel when training, "
             f"got input size {torch.Size(size)}"
@@ -161,12 +163,13 @@ def _pointwise(name: str, conv: "Conv", any_stride: bool = False) -> Problem:
 
 def conv_bn_relu(x: Tensor, unit: "tuple[Conv, BatchNorm]") -> Problem:
     """Problems of x and of the unit."""
-    return _input(x) or _unit("conv", "bn", *unit, _shape(x), x)[0]
+    return _input(x, [unit[1]]) or _unit("conv", "bn", *unit, _shape(x), x)[0]
 
 
 def bottleneck(x: Tensor, units: "Sequence[tuple[Conv, BatchNorm]]") -> Problem:
     """Problems of x and of conv1, conv2, conv3[, downsample] with their normalisations."""
-    problem = _input(x)
+    norms = [bn for _, bn in units]
+    problem = _input(x, norms) or _groups(norms)
     if problem is not None:
         return problem
     size: Sequence[int] = x.shape
@@ -179,6 +182,17 @@ def bottleneck(x: Tensor, units: "Sequence[tuple[Conv, BatchNorm]]") -> Problem:
         problem = problem or _unit("downsample conv", "downsample bn", conv, bn, x.shape, x)[0]
         problem = problem or _pointwise("downsample conv", conv, any_stride=True)
     return problem
+
+
+def _groups(norms: "Sequence[BatchNorm]") -> Problem:
+    groups = {bn.group for bn in norms if bn.training}
+    if len(groups) > 1:
+        names = ", ".join(sorted(map(str, groups)))
+        return ValueError(
+            "batch normalisations of one block must take their statistics over the same process "
+            f"group, got {names}"
+        )
+    return None
 
 
 def _output_shape(x: Tensor, convs: "Sequence[Conv]") -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from .cpu import CpuStages
 from .cpu_products import CpuProductStages
 from .kernels import launch
 from .operands import Geometry
-from .stages import Stages
+from .stages import EmptyStages, Stages
 from .vendor import VendorStages
 
 BACKENDS = ("triton", "vendor", "torch")
@@ -49,6 +49,8 @@ def stages_for(x: Tensor, convs: Sequence[Shape], backend: str | None = None) ->
     asked = requested_backend(backend)
     if asked is not None:
         _require(asked, x, convs)
+    if x.numel() == 0:
+        return EmptyStages()
     chosen = asked or default_backend(x, convs)
     if chosen == "triton":
         return _kernels()(x)

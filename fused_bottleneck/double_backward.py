@@ -87,6 +87,15 @@ def _differentiate(
     return [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
 
 
+def _require_local(plan: "Plan") -> None:
+    """As the backward of nn.SyncBatchNorm, which is not differentiable either."""
+    if plan.group is not None:
+        raise RuntimeError(
+            "a backward through batch statistics over several processes cannot be differentiated "
+            "(create_graph=True): nn.SyncBatchNorm's cannot"
+        )
+
+
 def bottleneck_grads(
     plan: "Plan",
     grad_out: Tensor,
@@ -104,13 +113,14 @@ def bottleneck_grads(
         needs: for x, shortcut, then weight, bias, gamma, beta of each unit.
         identity: whether the residual was x.
     """
+    _require_local(plan)
     source, units = x.view_as(x), _units(columns)
     _, y2, mask, *rest = saved
     n, _, h, w = y2.shape
     live = unpack_bits(mask, grad_out.shape[1]).view(n, h, w, -1).permute(0, 3, 1, 2)
     g = torch.where(live, grad_out, 0)
     weights = [unit.weight for unit in units[2:]]
-    states = unpack_states(weights, plan.batch[2:], pixels(y2), rest[4:])
+    states = unpack_states(weights, plan.batch[2:], pixels(y2), iter(rest[4:]), None)
     a1 = torch.relu(_apply(source, units[0], plan, 0, UnitState(*rest[0:2])))
     a2 = torch.relu(_apply(a1, units[1], plan, 1, UnitState(*rest[2:4])))
     z = _apply(a2, units[2], plan, 2, _fixed_of_folded(units[2].weight, states[0]))
@@ -135,6 +145,7 @@ def conv_bn_relu_grads(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """The needed gradients of ``relu(bn(conv(x)))``, themselves differentiable."""
+    _require_local(plan)
     source, units = x.view_as(x), _units(columns)
     out = torch.relu(_apply(source, units[0], plan, 0, UnitState(*saved[1:3])))
     return _differentiate(out, grad_out, [source, *units[0]], needs)

@@ -19,7 +19,9 @@ class BatchNorm(NamedTuple):
     statistics, and update running_mean and running_var in place where given (momentum, a
     float or a 0-d tensor, is the weight of the new value; the variance is unbiased there).
     Not training: normalise with them. num_batches_tracked: a counter that goes up by one with
-    every update.
+    every update. group: the name of a process group (``ProcessGroup.group_name``), to normalise
+    with the statistics of its ranks' batches together, as ``torch.nn.SyncBatchNorm`` does; None:
+    with those of this process's batch.
     """
 
     weight: Tensor | None = None
@@ -30,6 +32,7 @@ class BatchNorm(NamedTuple):
     momentum: float | Tensor = 0.1
     eps: float = 1e-5
     num_batches_tracked: Tensor | None = None
+    group: str | None = None
 
 
 class Conv(NamedTuple):
@@ -68,6 +71,7 @@ def _plan(x: Tensor, units: Sequence[Unit], backend: str | None) -> Plan:
         batch=tuple(bn.training for _, bn in units),
         channels_last=(x_last or any(is_channels_last(conv.weight) for conv, _ in units), x_last),
         backend=dispatch.requested_backend(backend),
+        group=next((bn.group for _, bn in units if bn.training), None),
     )
 
 
@@ -120,13 +124,13 @@ def _update_running(running: Tensor, value: Tensor, momentum: float | Tensor) ->
 
 
 @torch.no_grad()
-def _update_statistics(x: Tensor, units: Sequence[Unit], moments: Sequence[Tensor]) -> None:
+def _update_statistics(units: Sequence[Unit], moments: Sequence[Tensor]) -> None:
     """Update the running statistics of every unit that used batch statistics.
 
-    units: in the order of the program, on input x.
+    moments: mean and unbiased variance of each of these, in the order of the units.
     """
     source = iter(moments)
-    for (_, bn), count in zip(units, _counts(x, [conv for conv, _ in units]), strict=True):
+    for _, bn in units:
         if not bn.training:
             continue
         mean, var = next(source), next(source)
@@ -135,28 +139,17 @@ def _update_statistics(x: Tensor, units: Sequence[Unit], moments: Sequence[Tenso
         if bn.running_mean is not None:
             _update_running(bn.running_mean, mean, bn.momentum)
         if bn.running_var is not None:
-            _update_running(bn.running_var, var * (count / (count - 1)), bn.momentum)
+            _update_running(bn.running_var, var, bn.momentum)
 
 
-def _counts(x: Tensor, convs: Sequence[Conv]) -> list[int]:
-    """Values per channel of each convolution's output; a fourth one starts from x again."""
-    counts = []
-    size = (x.shape[2], x.shape[3])
-    for i, conv in enumerate(convs):
-        start = (x.shape[2], x.shape[3]) if i == 3 else size
-        size = conv.geometry().output_size(*start, (conv.weight.shape[2], conv.weight.shape[3]))
-        counts.append(x.shape[0] * size[0] * size[1])
-    return counts
-
-
-def _observer(x: Tensor, units: Sequence[Unit]) -> Observer | None:
+def _observer(units: Sequence[Unit]) -> Observer | None:
     """The update of the running statistics, to be done inside the Function (see autograd.py).
 
     None while compiling: there it comes after the Function, which must not mutate anything.
     """
     if torch.compiler.is_compiling():
         return None
-    return partial(_update_statistics, x, units)
+    return partial(_update_statistics, units)
 
 
 def bottleneck(
@@ -218,12 +211,12 @@ def run_bottleneck(
     x: Tensor, units: Sequence[Unit], shortcut: Tensor | None, backend: str | None = None
 ) -> Tensor:
     """``bottleneck`` on arguments that are cast and checked already."""
-    observe = _observer(x, units)
+    observe = _observer(units)
     out, *moments = BottleneckFunction.apply(
         _plan(x, units, backend), observe, x, shortcut, *_tensors(units)
     )
     if observe is None:
-        _update_statistics(x, units, moments)
+        _update_statistics(units, moments)
     return out
 
 
@@ -251,10 +244,10 @@ def conv_bn_relu(x: Tensor, conv: Conv, bn: BatchNorm, backend: str | None = Non
 
 def run_conv_bn_relu(x: Tensor, unit: Unit, backend: str | None = None) -> Tensor:
     """``conv_bn_relu`` on arguments that are cast and checked already."""
-    observe = _observer(x, [unit])
+    observe = _observer([unit])
     out, *moments = ConvBNReLUFunction.apply(
         _plan(x, [unit], backend), observe, x, *_tensors([unit])
     )
     if observe is None:
-        _update_statistics(x, [unit], moments)
+        _update_statistics([unit], moments)
     return out

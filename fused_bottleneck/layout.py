@@ -13,6 +13,7 @@ from .modules import (
     class_path,
     conv_arguments,
     conv_bn_of,
+    is_fixed_affine,
     norm_class,
 )
 
@@ -171,8 +172,7 @@ def unit_reason(module: nn.Module, layout: UnitLayout) -> str | None:
 def norm_promotion(parts: Parts, x: Tensor) -> str | None:
     """Why a normalisation's output is not of x's dtype, that of the convolutions; None if it is."""
     for _, norm in parts.pairs:
-        # A fixed affine is a product and a sum with its own vectors, where nn's casts to x's dtype.
-        if not isinstance(norm, nn.BatchNorm2d) and norm.weight.dtype != x.dtype:
+        if is_fixed_affine(norm) and norm.weight.dtype != x.dtype:
             return f"a {type(norm).__name__} promotes {x.dtype} to {norm.weight.dtype}"
     return None
 

@@ -3,8 +3,9 @@
 from typing import cast
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import checks
+from . import checks, collectives
 from .functional import BatchNorm, Conv
 from .operands import Pair
 
@@ -36,8 +37,10 @@ def class_path(kind: type) -> str:
 
 
 def norm_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a normalisation must have exactly: its own if that is a fixed affine."""
-    return type(module) if class_path(type(module)) in _FROZEN_NORMS else nn.BatchNorm2d
+    """The class that a normalisation must have exactly: its own if that is a known one."""
+    kind = type(module)
+    known = kind is nn.SyncBatchNorm or class_path(kind) in _FROZEN_NORMS
+    return kind if known else nn.BatchNorm2d
 
 
 def _conv_bn_children(module: nn.Module) -> list[nn.Module]:
@@ -62,7 +65,19 @@ def conv_bn_of(module: nn.Module) -> tuple[nn.Conv2d, nn.Module] | None:
     return (conv, bn) if pointwise else None
 
 
-def _momentum(bn: nn.BatchNorm2d) -> float | Tensor:
+def is_fixed_affine(norm: nn.Module) -> bool:
+    """Whether a normalisation is none of nn's, but a product and a sum with its own vectors."""
+    return not isinstance(norm, _BatchNorm)
+
+
+def _group(bn: _BatchNorm) -> str | None:
+    """The process group over whose ranks it takes batch statistics; None for its own batch's."""
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
+        return None
+    return collectives.group_name(bn.process_group)
+
+
+def _momentum(bn: _BatchNorm) -> float | Tensor:
     """The weight of the next batch in the running statistics; momentum None: the plain average."""
     if bn.momentum is not None:
         return bn.momentum
@@ -74,15 +89,16 @@ def _momentum(bn: nn.BatchNorm2d) -> float | Tensor:
 def batch_norm_arguments(bn: nn.Module) -> BatchNorm:
     """The arguments of ``F.batch_norm`` that this child stands for now (nn's rules).
 
-    bn: an nn.BatchNorm2d, or a fixed affine with the same four tensors.
+    bn: an nn.BatchNorm2d or nn.SyncBatchNorm, or a fixed affine with the same four tensors.
     """
-    if not isinstance(bn, nn.BatchNorm2d):
+    if is_fixed_affine(bn):
         fixed = cast("nn.BatchNorm2d", bn)  # in what matters here
         running = (fixed.running_mean, fixed.running_var)
         return BatchNorm(fixed.weight, fixed.bias, *running, False, 0.0, fixed.eps)
+    bn = cast("_BatchNorm", bn)
     batch = bn.training or (bn.running_mean is None and bn.running_var is None)
     keep = not batch or (bn.training and bn.track_running_stats)
     running = (bn.running_mean, bn.running_var) if keep else (None, None)
     momentum = _momentum(bn) if batch and keep else 0.0
     counter = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
-    return BatchNorm(bn.weight, bn.bias, *running, batch, momentum, bn.eps, counter)
+    return BatchNorm(bn.weight, bn.bias, *running, batch, momentum, bn.eps, counter, _group(bn))

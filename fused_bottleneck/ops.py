@@ -17,17 +17,17 @@ from torch import Tensor
 from . import program
 from .algebra import accumulation_dtype
 from .operands import Geometry
-from .tail import has_gram
+from .tail import state_length
 from .units import Unit, UnitGrads
 
 _FORWARD = (
     "Tensor[] weights, Tensor?[] biases, Tensor?[] gammas, Tensor?[] betas, "
     "Tensor?[] means, Tensor?[] vars, float[] eps, int[] geometry, bool channels_last, "
-    "str? backend) -> (Tensor, Tensor[], Tensor[])"
+    "str? backend, str? group) -> (Tensor, Tensor[], Tensor[])"
 )
 _BACKWARD = (
     "Tensor[] weights, Tensor?[] gammas, Tensor?[] betas, Tensor[] saved, "
-    "int[] geometry, bool[] batch, bool[] needs, bool channels_last, str? backend"
+    "int[] geometry, bool[] batch, bool[] needs, bool channels_last, str? backend, str? group"
 )
 _SCHEMAS = (
     f"bottleneck_forward(Tensor x, Tensor? shortcut, {_FORWARD}",
@@ -68,10 +68,10 @@ def _unpack_geometry(flat: Sequence[int]) -> list[Geometry]:
     return [Geometry((r[0], r[1]), (r[2], r[3]), (r[4], r[5]), r[6]) for r in rows]
 
 
-def _forward_arguments(*arguments: Any) -> tuple[list[Unit], bool, str | None]:
-    """Units, channels_last and backend from the arguments that the forward ops have in common."""
-    *fields, channels_last, backend = arguments
-    return _forward_units(*fields), channels_last, backend
+def _forward_arguments(*arguments: Any) -> tuple[list[Unit], bool, str | None, str | None]:
+    """Units, channels_last, backend and group: what the forward ops have in common."""
+    *fields, channels_last, backend, group = arguments
+    return _forward_units(*fields), channels_last, backend, group
 
 
 def _forward_units(
@@ -154,6 +154,7 @@ def _bottleneck_backward(
     needs: Sequence[bool],
     channels_last: bool,
     backend: str | None,
+    group: str | None,
 ) -> list[Tensor]:
     units = _backward_units(weights, gammas, betas, geometry, batch)
     needs_x, needs_shortcut, *needs_parameters = needs
@@ -168,13 +169,14 @@ def _bottleneck_backward(
         identity,
         channels_last,
         backend,
+        group,
     )
     return _select([grad_x, grad_shortcut, *_parameter_grads(units, grads)], needs)
 
 
 def _conv_bn_relu_forward(x: Tensor, *arguments: Any) -> ForwardResult:
-    (unit,), channels_last, backend = _forward_arguments(*arguments)
-    return program.conv_bn_relu_forward(x, unit, channels_last, backend)
+    (unit,), channels_last, backend, group = _forward_arguments(*arguments)
+    return program.conv_bn_relu_forward(x, unit, channels_last, backend, group)
 
 
 def _conv_bn_relu_backward(
@@ -189,11 +191,12 @@ def _conv_bn_relu_backward(
     needs: Sequence[bool],
     channels_last: bool,
     backend: str | None,
+    group: str | None,
 ) -> list[Tensor]:
     units = _backward_units(weights, gammas, betas, geometry, batch)
     needs_x, needs_weight = needs[:2]
     grad_x, grads = program.conv_bn_relu_backward(
-        grad_out, x, units[0], saved, needs_x, needs_weight, channels_last, backend
+        grad_out, x, units[0], saved, needs_x, needs_weight, channels_last, backend, group
     )
     return _select([grad_x, *_parameter_grads(units, [grads])], needs)
 
@@ -217,13 +220,18 @@ def _fake_vectors(x: Tensor, *sizes: int) -> list[Tensor]:
     return [x.new_empty(size, dtype=accumulation_dtype(x.dtype)) for size in sizes]
 
 
-def _fake_tail_state(x: Tensor, unit: Unit, pixels: int) -> list[Tensor]:
+def _fake_unit_state(x: Tensor, unit: Unit, group: str | None) -> list[Tensor]:
+    width = unit.weight.shape[0]
+    shared = (width, 1) if unit.batch and group is not None else ()
+    return _fake_vectors(x, width, width, *shared)
+
+
+def _fake_tail_state(x: Tensor, unit: Unit, pixels: int, group: str | None) -> list[Tensor]:
     width, channels = unit.weight.shape[:2]
-    state = _fake_vectors(x, channels, width, width)
-    if has_gram(unit.weight, unit.batch, pixels):
-        weight_cov = x.new_empty((width, channels), dtype=accumulation_dtype(x.dtype))
-        state += [*_fake_vectors(x, channels), weight_cov]
-    return state
+    weight_cov = x.new_empty((width, channels), dtype=accumulation_dtype(x.dtype))
+    state = [*_fake_vectors(x, channels, width, width, channels), weight_cov]
+    state += _fake_vectors(x, channels, 1)
+    return state[: state_length(unit.weight, unit.batch, pixels, group)]
 
 
 def _fake_moments(x: Tensor, units: Sequence[Unit]) -> list[Tensor]:
@@ -232,23 +240,22 @@ def _fake_moments(x: Tensor, units: Sequence[Unit]) -> list[Tensor]:
 
 
 def _bottleneck_forward_fake(x: Tensor, shortcut: Tensor | None, *arguments: Any) -> ForwardResult:
-    units, channels_last, _ = _forward_arguments(*arguments)
+    units, channels_last, _, group = _forward_arguments(*arguments)
     y1 = _fake_conv(x, units[0])
     y2 = _fake_conv(y1, units[1])
     out = _fake_conv(y2, units[2], channels_last)
     rows = out.shape[0] * out.shape[2] * out.shape[3]
     mask = x.new_empty((rows, -(-out.shape[1] // 8)), dtype=torch.uint8)
-    narrow = _fake_vectors(x, *(u.weight.shape[0] for u in units[:2] for _ in range(2)))
-    folded = [t for unit in units[2:] for t in _fake_tail_state(x, unit, rows)]
+    narrow = [t for unit in units[:2] for t in _fake_unit_state(x, unit, group)]
+    folded = [t for unit in units[2:] for t in _fake_tail_state(x, unit, rows, group)]
     return out, [y1, y2, mask, *narrow, *folded], _fake_moments(x, units)
 
 
 def _conv_bn_relu_forward_fake(x: Tensor, *arguments: Any) -> ForwardResult:
-    units, channels_last, _ = _forward_arguments(*arguments)
+    units, channels_last, _, group = _forward_arguments(*arguments)
     out = _fake_conv(x, units[0], channels_last)
     y = torch.empty_like(out, memory_format=torch.channels_last)
-    width = out.shape[1]
-    return out, [y, *_fake_vectors(x, width, width)], _fake_moments(x, units)
+    return out, [y, *_fake_unit_state(x, units[0], group)], _fake_moments(x, units)
 
 
 def _fake_grads(
@@ -279,6 +286,7 @@ def _bottleneck_backward_fake(
     needs: Sequence[bool],
     channels_last: bool,
     backend: str | None,
+    group: str | None,
 ) -> list[Tensor]:
     grad_x = x.new_empty(x.shape).to(memory_format=_layout(channels_last))
     grad_shortcut = grad_out.new_empty(grad_out.shape).to(memory_format=torch.channels_last)
@@ -297,6 +305,7 @@ def _conv_bn_relu_backward_fake(
     needs: Sequence[bool],
     channels_last: bool,
     backend: str | None,
+    group: str | None,
 ) -> list[Tensor]:
     grad_x = x.new_empty(x.shape).to(memory_format=_layout(channels_last))
     return _fake_grads([grad_x], weights, gammas, betas, needs)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import algebra, tail
+from . import algebra, collectives, sync_tail, tail
 from .dispatch import stages_for
 from .operands import (
     POINTWISE,
@@ -25,7 +25,7 @@ from .operands import (
     strided,
 )
 from .stages import ConvTerm, GradSums, InputTerm, Operand, Stages
-from .tail import TailBackward, TailState
+from .tail import TailBackward, TailForward, TailState
 from .units import (
     Unit,
     UnitGrads,
@@ -35,13 +35,12 @@ from .units import (
     conv_grad,
     unit_grads,
     unit_state,
+    unpack_state,
 )
-
-_NARROW_TENSORS = 7  # y1, y2, mask, and mean and invstd of the two narrow normalisations
 
 
 def _conv_unit(
-    stages: Stages, source: Tensor | Activation, unit: Unit
+    stages: Stages, source: Tensor | Activation, unit: Unit, group: str | None
 ) -> tuple[Activation, UnitState, list[Tensor]]:
     """F1, F2: a convolution's output, normalised, as an operand; the state of the normalisation,
     and what is reported."""
@@ -50,7 +49,7 @@ def _conv_unit(
         state = unit_state(unit, unit.fixed_moments())
         return activation(y, unit, state), state, []
     y, moments = stages.conv_forward(source, unit.weight, unit.geometry)
-    return batch_activation(stages, y, unit, moments)
+    return batch_activation(stages, y, unit, moments, group)
 
 
 def _convolutions(units: Sequence[Unit]) -> list[tuple[Tensor, Geometry]]:
@@ -81,6 +80,7 @@ def bottleneck_forward(
     units: Sequence[Unit],
     channels_last: bool,
     backend: str | None = None,
+    group: str | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Forward of the block.
 
@@ -91,30 +91,51 @@ def bottleneck_forward(
         units: conv1, conv2, conv3[, downsample].
         channels_last: layout of out.
         backend: see ``dispatch.stages_for``.
+        group: the name of the process group over whose ranks batch statistics are taken; None for
+            this process alone.
 
     Returns:
-        out ``[N, 4M, H', W']``; what backward needs: ``[y1, y2, mask, *states]``; the batch mean
-        and variance of every normalisation that uses them, in the order of the units.
+        out ``[N, 4M, H', W']``; what backward needs: ``[y1, y2, mask, *states]``; the mean and
+        unbiased variance of every batch that a normalisation used, in the order of the units.
     """
+    _require_agreement(x, units, group)
     with stages_for(x, _convolutions(units), backend) as stages:
         x = stages.channels_last(x)
-        act1, state1, reported1 = _conv_unit(stages, x, units[0])
-        act2, state2, reported2 = _conv_unit(stages, act1, units[1])
+        act1, state1, reported1 = _conv_unit(stages, x, units[0], group)
+        act2, state2, reported2 = _conv_unit(stages, act1, units[1], group)
         operands: list[Operand] = [_tail_operand(stages, act2, units[1], units[2])]
         residuals = []
         if len(units) > 3:
             operands.append(_downsample_operand(stages, x, units[3]))
         else:
             residuals.append(x if shortcut is None else shortcut)
-        tails = [
-            tail.forward(unit, stages, operand, pixels(act2.y))
-            for unit, operand in zip(units[2:], operands, strict=True)
-        ]
+        tails = _tails_forward(stages, units[2:], operands, pixels(act2.y), group)
         terms = [t.term for t in tails if t.term is not None]
         residuals += [t.added for t in tails if t.added is not None]
         out, mask = stages.tail_forward(terms, residuals, channels_last)
-    saved = [act1.y, act2.y, mask, *state1, *state2, *(s for t in tails for s in t.state.tensors())]
+    saved = [act1.y, act2.y, mask, *state1.tensors(), *state2.tensors()]
+    saved += [s for t in tails for s in t.state.tensors()]
     return out, saved, [*reported1, *reported2, *(r for t in tails for r in t.reported)]
+
+
+def _tails_forward(
+    stages: Stages,
+    units: Sequence[Unit],
+    operands: Sequence[Operand],
+    count: int,
+    group: str | None,
+) -> list[TailForward]:
+    """F3 and the folds."""
+    if group is not None:
+        return sync_tail.forward(units, stages, operands, count, group)
+    pairs = zip(units, operands, strict=True)
+    return [tail.forward(unit, stages, operand, count) for unit, operand in pairs]
+
+
+def _require_agreement(x: Tensor, units: Sequence[Unit], group: str | None) -> None:
+    if group is not None:
+        shapes = [f"{list(unit.weight.shape)}{'' if unit.batch else ' fixed'}" for unit in units]
+        collectives.require_agreement(group, "weights " + ", ".join(shapes), x.device)
 
 
 def _tails_backward(
@@ -125,6 +146,7 @@ def _tails_backward(
     grad: MaskedGrad,
     count: int,
     needed: Sequence[bool],
+    group: str | None,
 ) -> list[TailBackward]:
     """B1 and the coefficients of the tail units: one pass over g for the folded ones."""
     pairs = zip(units, states, strict=True)
@@ -135,6 +157,8 @@ def _tails_backward(
     if folded:
         weights = [tail.operand_weight(units[i], stages, states[i]) for i in folded]
         sum_g, products = stages.tail_wgrad(grad, [operands[i] for i in folded], weights)
+        if group is not None:  # where all are folded
+            return sync_tail.backward(units, stages, states, weights, products, sum_g, count, group)
         for i, a, s in zip(folded, weights, products, strict=True):
             results[i] = tail.folded_backward(units[i], stages, states[i], a, s, sum_g, count)
     for i, unit in enumerate(units):
@@ -182,6 +206,7 @@ def bottleneck_backward(
     identity: bool,
     channels_last: bool,
     backend: str | None = None,
+    group: str | None = None,
 ) -> tuple[Tensor | None, Tensor | None, list[UnitGrads]]:
     """Backward of the block: gradients of x, of a given shortcut, and of every unit's parameters.
 
@@ -193,12 +218,14 @@ def bottleneck_backward(
         identity: whether the residual was x itself.
         channels_last: layout of grad_x.
         backend: see ``dispatch.stages_for``.
+        group: as in forward.
     """
-    y1, y2, mask = saved[:3]
-    state1, state2 = UnitState(*saved[3:5]), UnitState(*saved[5:_NARROW_TENSORS])
+    y1, y2, mask, *rest = saved
+    source = iter(rest)
+    state1, state2 = (unpack_state(unit, source, group) for unit in units[:2])
     tail_weights = [unit.weight for unit in units[2:]]
     tail_batch = [unit.batch for unit in units[2:]]
-    states = tail.unpack_states(tail_weights, tail_batch, pixels(y2), saved[_NARROW_TENSORS:])
+    states = tail.unpack_states(tail_weights, tail_batch, pixels(y2), source, group)
     with stages_for(x, _convolutions(units), backend) as stages:
         x = stages.channels_last(x)
         grad = MaskedGrad(stages.channels_last(grad_out), mask)
@@ -208,14 +235,14 @@ def bottleneck_backward(
         if len(units) > 3:
             operands.append(StridedInput(x, units[3].geometry.stride, states[1].centre))
         tails = _tails_backward(
-            stages, units[2:], states, operands, grad, pixels(y2), needs_weight[2:]
+            stages, units[2:], states, operands, grad, pixels(y2), needs_weight[2:], group
         )
         g2, sums2 = _operand_gradient(stages, tails[0], grad, units[2].weight, act2, state2.invstd)
-        dy2 = conv_grad(stages, units[1], y2, state2, g2, sums2, act2.scale)
+        dy2 = conv_grad(stages, units[1], y2, state2, g2, sums2, act2.scale, group)
         geometry = units[1].geometry
         g1, sums1 = stages.conv_dgrad(dy2, units[1].weight, geometry, act1, state1.invstd)
         dw2 = _weight_grad(stages, dy2, act1, units[1], needs_weight[1])
-        dy1 = conv_grad(stages, units[0], y1, state1, g1, sums1, act1.scale)
+        dy1 = conv_grad(stages, units[0], y1, state1, g1, sums1, act1.scale, group)
         dw1 = _weight_grad(stages, dy1, x, units[0], needs_weight[0])
         grad_x = grad_shortcut = None
         if needs_x:
@@ -232,8 +259,8 @@ def bottleneck_backward(
         if needs_shortcut:
             grad_shortcut = stages.masked_grad(grad)
     grads = [
-        unit_grads(units[0], dy1, sums1, dw1),
-        unit_grads(units[1], dy2, sums2, dw2),
+        unit_grads(units[0], dy1, state1, sums1, dw1),
+        unit_grads(units[1], dy2, state2, sums2, dw2),
         *(t.grads for t in tails),
     ]
     return grad_x, grad_shortcut, grads
@@ -249,13 +276,18 @@ def _weight_grad(
 
 
 def conv_bn_relu_forward(
-    x: Tensor, unit: Unit, channels_last: bool, backend: str | None = None
+    x: Tensor,
+    unit: Unit,
+    channels_last: bool,
+    backend: str | None = None,
+    group: str | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Forward of ``relu(bn(conv(x)))``: out, ``[y, mean, invstd]``, and the batch statistics."""
+    """Forward of ``relu(bn(conv(x)))``: out, ``[y, *state]``, and the statistics of the batch."""
+    _require_agreement(x, [unit], group)
     with stages_for(x, _convolutions([unit]), backend) as stages:
-        act, state, reported = _conv_unit(stages, stages.channels_last(x), unit)
+        act, state, reported = _conv_unit(stages, stages.channels_last(x), unit, group)
         out = stages.activation(act, channels_last)
-    return out, [act.y, *state], reported
+    return out, [act.y, *state.tensors()], reported
 
 
 def conv_bn_relu_backward(
@@ -267,6 +299,7 @@ def conv_bn_relu_backward(
     needs_weight: bool,
     channels_last: bool,
     backend: str | None = None,
+    group: str | None = None,
 ) -> tuple[Tensor | None, UnitGrads]:
     """Backward of ``relu(bn(conv(x)))``: gradients of x and of the unit's parameters."""
     y, state = saved[0], UnitState(*saved[1:])
@@ -274,10 +307,10 @@ def conv_bn_relu_backward(
         x = stages.channels_last(x)
         act = activation(y, unit, state)
         g, sums = stages.relu_backward(grad_out, act, state.invstd)
-        dy = conv_grad(stages, unit, y, state, g, sums, act.scale)
+        dy = conv_grad(stages, unit, y, state, g, sums, act.scale, group)
         dweight = _weight_grad(stages, dy, x, unit, needs_weight)
         grad_x = None
         if needs_x:
             term = ConvTerm(dy, unit.weight, unit.geometry)
             grad_x = stages.input_dgrad(term, x, None, None, channels_last)
-    return grad_x, unit_grads(unit, dy, sums, dweight)
+    return grad_x, unit_grads(unit, dy, state, sums, dweight)

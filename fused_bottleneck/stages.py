@@ -119,13 +119,13 @@ def pack_bits(live: Tensor) -> Tensor:
     padded = torch.zeros(q, -(-w // 8) * 8, dtype=torch.uint8, device=live.device)
     padded[:, :w] = live
     weights = 2 ** torch.arange(8, device=live.device)
-    return (padded.view(q, -1, 8) * weights).sum(-1, dtype=torch.uint8)
+    return (padded.view(q, padded.shape[1] // 8, 8) * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(mask: Tensor, channels: int) -> Tensor:
     """The inverse of ``pack_bits``: booleans ``[Q, channels]``."""
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return ((mask[:, :, None] >> shifts) & 1).view(mask.shape[0], -1)[:, :channels].bool()
+    return ((mask[:, :, None] >> shifts) & 1).flatten(1)[:, :channels].bool()
 
 
 _GRAM_ROWS = 256
@@ -502,3 +502,20 @@ class Stages:
             grad_x = grad_x + self._masked(identity)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         return grad_x.contiguous(memory_format=layout)
+
+
+class EmptyStages(Stages):
+    """The stages on no pixels: one rank's, where statistics are over several. Means are zero."""
+
+    def _moments(self, y: Tensor) -> Moments:
+        zeros = y.new_zeros(y.shape[1], dtype=accumulation_dtype(y.dtype))
+        return Moments(zeros, zeros)
+
+    def centre(self, source: Tensor | Activation) -> Tensor:
+        t = source if isinstance(source, Tensor) else source.y
+        return t.new_zeros(t.shape[1], dtype=accumulation_dtype(t.dtype))
+
+    def gram(self, operand: Operand) -> tuple[Tensor, Tensor]:
+        channels = self._operand(operand).shape[1]
+        zeros = operand[0].new_zeros(channels + 1, channels, dtype=torch.float64)
+        return zeros[0], zeros[1:]

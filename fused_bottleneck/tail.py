@@ -11,7 +11,7 @@ conv3+bn3 and the downsample are such units. Two exact ways:
 ``rules.uses_gram`` chooses. Fixed statistics need neither: they fold without a covariance.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -21,21 +21,25 @@ from torch import Tensor
 from . import algebra
 from .operands import POINTWISE, Activation, ConvGrad, Geometry, MaskedGrad, StridedInput
 from .rules import uses_gram
-from .stages import FoldedTerm, Moments, Operand, Stages
-from .units import Unit, UnitGrads, UnitState, bias_grad, conv_grad, unit_grads
+from .stages import FoldedTerm, Operand, Stages
+from .units import Unit, UnitGrads, UnitState, bessel, conv_grad, unit_grads
 
 
 class TailState(NamedTuple):
     """What backward needs of a tail unit: centre ``[K]``, invstd and offset ``[W]``, and for the
     gram way mean_d ``[K]`` and weight_cov ``[W, K]``.
 
-    The product and not cov: rounding it keeps what the differences in it have left."""
+    The product and not cov: rounding it keeps what the differences in it have left. Of statistics
+    over several ranks also deviation ``[K]``, the mean of this rank's operand less mean_d, and
+    fraction ``[1]``, this rank's part of their pixels."""
 
     centre: Tensor
     invstd: Tensor
     offset: Tensor
     mean_d: Tensor | None = None
     weight_cov: Tensor | None = None
+    deviation: Tensor | None = None
+    fraction: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """The tensors to keep; ``unpack_states`` is the inverse."""
@@ -67,53 +71,72 @@ def _source(operand: Operand, geometry: Geometry) -> tuple[Tensor | Activation, 
     return operand, POINTWISE
 
 
-def has_gram(weight: Tensor, batch: bool, pixels: int) -> bool:
-    """Whether a tail unit over that many output pixels goes the gram way."""
+def has_gram(weight: Tensor, batch: bool, pixels: int, group: str | None) -> bool:
+    """Whether a tail unit over that many output pixels goes the gram way.
+
+    With statistics over several ranks it always does: ranks of unequal batches must go one way.
+    """
     width, channels = weight.shape[:2]
-    return batch and uses_gram(weight.device.type, weight.dtype, pixels, channels, width)
+    if not batch:
+        return False
+    if group is not None:
+        return True
+    return uses_gram(weight.device.type, weight.dtype, pixels, channels, width)
+
+
+def state_length(weight: Tensor, batch: bool, pixels: int, group: str | None) -> int:
+    """How many tensors of a ``TailState`` there are."""
+    if not has_gram(weight, batch, pixels, group):
+        return 3
+    return 5 if group is None else 7
 
 
 def unpack_states(
-    weights: Sequence[Tensor], batch: Sequence[bool], pixels: int, saved: Sequence[Tensor]
+    weights: Sequence[Tensor],
+    batch: Sequence[bool],
+    pixels: int,
+    saved: Iterator[Tensor],
+    group: str | None,
 ) -> list[TailState]:
     """The states of the tail units from the tensors that were kept of them."""
-    source = iter(saved)
-    counts = [5 if has_gram(w, b, pixels) else 3 for w, b in zip(weights, batch, strict=True)]
-    return [TailState(*islice(source, count)) for count in counts]
+    lengths = [state_length(w, b, pixels, group) for w, b in zip(weights, batch, strict=True)]
+    return [TailState(*islice(saved, length)) for length in lengths]
 
 
 def forward(unit: Unit, stages: Stages, operand: Operand, pixels: int) -> TailForward:
     """F3 and the fold, or the product and its normalisation, of one tail unit."""
-    if unit.batch and not has_gram(unit.weight, unit.batch, pixels):
-        return _product_forward(unit, stages, operand)
-    return _folded_forward(unit, stages, operand)
+    if not unit.batch:
+        return fixed_forward(unit, operand)
+    if has_gram(unit.weight, unit.batch, pixels, None):
+        return _folded_forward(unit, stages, operand, pixels)
+    return _product_forward(unit, stages, operand, pixels)
 
 
-def _folded_forward(unit: Unit, stages: Stages, operand: Operand) -> TailForward:
+def _folded_forward(unit: Unit, stages: Stages, operand: Operand, pixels: int) -> TailForward:
     centre = operand.centre
     assert centre is not None
-    if unit.batch:
-        mean_d, cov = stages.gram(operand)
-        folded, moments, invstd, offset, weight_cov = stages.fold(
-            unit.weight, unit.gamma, unit.beta, unit.eps, centre, mean_d, cov
-        )
-        state = TailState(centre, invstd, offset, mean_d.to(invstd.dtype), weight_cov)
-    else:
-        moments = unit.fixed_moments()
-        folded, state = _fold_fixed(unit, centre, moments)
-    return TailForward(FoldedTerm(operand, folded), None, state, unit.reported(moments))
+    mean_d, cov = stages.gram(operand)
+    folded, moments, invstd, offset, weight_cov = stages.fold(
+        unit.weight, unit.gamma, unit.beta, unit.eps, centre, mean_d, cov
+    )
+    state = TailState(centre, invstd, offset, mean_d.to(invstd.dtype), weight_cov)
+    return TailForward(
+        FoldedTerm(operand, folded), None, state, unit.reported(moments, bessel(pixels))
+    )
 
 
-def _fold_fixed(unit: Unit, centre: Tensor, moments: Moments) -> tuple[algebra.Folded, TailState]:
-    """The folded convolution and the state of a unit with fixed statistics."""
-    weight = unit.matrix()
+def fixed_forward(unit: Unit, operand: Operand) -> TailForward:
+    """The fold of a tail unit with fixed statistics."""
+    centre = operand.centre
+    assert centre is not None
+    moments, weight = unit.fixed_moments(), unit.matrix()
     offset = algebra.folded_offset(weight, centre, None, moments.mean)
     invstd = algebra.inverse_std(moments.var, unit.eps)
     folded = algebra.fold(weight, unit.scale(invstd), offset, unit.beta, None, unit.weight.dtype)
-    return folded, TailState(centre, invstd, offset)
+    return TailForward(FoldedTerm(operand, folded), None, TailState(centre, invstd, offset), [])
 
 
-def _product_forward(unit: Unit, stages: Stages, operand: Operand) -> TailForward:
+def _product_forward(unit: Unit, stages: Stages, operand: Operand, pixels: int) -> TailForward:
     source, geometry = _source(operand, unit.geometry)
     y, moments = stages.conv_forward(source, unit.weight, geometry)
     invstd = algebra.inverse_std(moments.var, unit.eps)
@@ -124,7 +147,7 @@ def _product_forward(unit: Unit, stages: Stages, operand: Operand) -> TailForwar
     state = TailState(centre, invstd, -moments.mean)
     if isinstance(operand, Activation):  # y is that of the centred operand
         moments = moments._replace(mean=moments.mean + unit.matrix() @ centre)
-    return TailForward(None, added, state, unit.reported(moments))
+    return TailForward(None, added, state, unit.reported(moments, bessel(pixels)))
 
 
 def operand_weight(unit: Unit, stages: Stages, state: TailState) -> Tensor:
@@ -136,11 +159,11 @@ def folded_backward(
     unit: Unit, stages: Stages, state: TailState, a: Tensor, s: Tensor, sum_g: Tensor, count: int
 ) -> TailBackward:
     """Parameter gradients and operand-gradient coefficients from ``S = g^T D`` and sum_g."""
-    centre, invstd, offset, mean_d, weight_cov = state
+    centre, invstd, offset, mean_d, weight_cov = state[:5]
     dgamma, dweight, coefficients = stages.fold_backward(
         unit.weight, unit.gamma, invstd, offset, centre, mean_d, weight_cov, a, s, sum_g, count
     )
-    dbias = torch.zeros_like(sum_g) if unit.batch else bias_grad(unit, unit.scale(invstd), sum_g)
+    dbias = torch.zeros_like(sum_g) if unit.batch else unit.scale(invstd) * sum_g
     return TailBackward(UnitGrads(dweight, dbias, dgamma, sum_g), coefficients, None)
 
 
@@ -151,9 +174,9 @@ def product_backward(
     source, geometry = _source(operand, unit.geometry)
     y = stages.conv(source, unit.weight, geometry)
     normalised = UnitState(-state.offset, state.invstd)
-    g, sums = stages.masked_reduce(grad, y, *normalised)
+    g, sums = stages.masked_reduce(grad, y, normalised.mean, normalised.invstd)
     dy = conv_grad(stages, unit, y, normalised, g, sums)
     dweight = sums.g.new_empty(0)
     if needed:
         dweight = stages.conv_wgrad(dy, source, unit.weight, geometry)
-    return TailBackward(unit_grads(unit, dy, sums, dweight), None, dy)
+    return TailBackward(unit_grads(unit, dy, normalised, sums, dweight), None, dy)

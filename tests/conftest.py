@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from ranks import Pool
 
 from fused_bottleneck import cpu, extension, tail
 
@@ -68,3 +69,11 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """Runs a test with every way to compute a block."""
     use(request.param, monkeypatch)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Processes to run as ranks of a process group."""
+    pool = Pool()
+    yield pool
+    pool.close()

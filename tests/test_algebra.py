@@ -1,9 +1,14 @@
 """Each formula of algebra.py against float64 autograd of the plain operations."""
 
+import re
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+import fused_bottleneck
 from fused_bottleneck import algebra
 
 Q, K, W = 23, 5, 7
@@ -156,3 +161,46 @@ def test_folded_gradients(batch: bool) -> None:
     if got.b is not None and got.shift is not None:
         grad_a = grad_a + case.d @ got.b + got.shift
     assert_equal(grad_a, case.grad_a)
+
+
+@pytest.mark.parametrize("split", [(23,), (14, 9), (5, 0, 18)], ids=str)
+def test_synchronised_dweight(split: tuple[int, ...]) -> None:
+    """Each part's own gradient, where the statistics are those of all parts together."""
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, dtype=torch.float64)
+
+    weight, gamma, a, g = randn(W, K), 1 + randn(W) / 4, randn(Q, K) + 1, randn(Q, W)
+    parts = list(zip(a.split(split), g.split(split), strict=True))
+    weights = [weight.clone().requires_grad_() for _ in parts]
+    biases = [torch.zeros(W, dtype=torch.float64, requires_grad=True) for _ in parts]
+    outputs = [x @ w.t() + b for (x, _), w, b in zip(parts, weights, biases, strict=True)]
+    y = torch.cat(outputs)
+    mean, invstd = y.mean(0), algebra.inverse_std(y.var(0, correction=0), EPS)
+    xhat = (y - mean) * invstd
+    (gamma * xhat).backward(g)
+    invstd, dgamma = invstd.detach(), (g * xhat).sum(0).detach()
+    for (x, own), w, b in zip(parts, weights, biases, strict=True):
+        centre, fraction = randn(K), len(x) / Q
+        d = x - centre
+        local = d.mean(0) if len(x) else torch.zeros_like(centre)
+        mean_d = a.mean(0) - centre
+        weight_cov = weight @ (d.t() @ d / max(len(x), 1) - torch.outer(local, local))
+        statistics = (mean_d, weight_cov, local - mean_d)
+        sums = (own.t() @ d, own.sum(0), fraction * g.sum(0), fraction * dgamma)
+        dweight, sum_dy = algebra.synchronised_dweight(
+            weight, gamma * invstd, invstd, centre, *statistics, *sums
+        )
+        torch.testing.assert_close(dweight, w.grad)
+        torch.testing.assert_close(sum_dy, b.grad)
+
+
+def test_names_in_the_derivation_exist() -> None:
+    """`module.function` in docs/algebra.md, of this package's modules."""
+    text = (Path(__file__).parents[1] / "docs" / "algebra.md").read_text()
+    names = re.findall(r"\b([a-z_]+)\.(_?[a-z]\w+)\b", text)
+    modules = {path.stem for path in Path(fused_bottleneck.__file__).parent.glob("*.py")}
+    found = [(module, name) for module, name in names if module in modules and name != "py"]
+    assert len(found) >= 8
+    for module, name in found:
+        assert hasattr(import_module(f"fused_bottleneck.{module}"), name), f"{module}.{name}"

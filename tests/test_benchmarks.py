@@ -370,9 +370,9 @@ def test_report_fills_the_regions_and_notices_changes(
     region = "<!-- bench:{0}:start -->\n<!-- bench:{0}:end -->\n"
     readme.write_text("before\n" + "".join(map(region.format, report.REGIONS)) + "after\n")
 
-    assert report.main(["--check", *folder], readme) == 1
+    assert report.main(["--check", *folder], [readme]) == 1
     assert "not up to date" in capsys.readouterr().err
-    assert report.main(folder, readme) == 0
+    assert report.main(folder, [readme]) == 0
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -385,12 +385,12 @@ def test_report_fills_the_regions_and_notices_changes(
     assert "|256-64@56|10.0|4.0|0.40|" in rows
     assert "|256-64@56,speed-upchannels_last|1.25|atleast1.50|missed|" in rows
     assert (results / "block.png").read_bytes().startswith(b"\x89PNG")
-    assert report.main(["--check", *folder], readme) == 0
+    assert report.main(["--check", *folder], [readme]) == 0
 
     changed = copy.deepcopy(fixed_run())
     changed["records"][0]["step"]["median"] = 0.3
     records.write(changed, results / "block.json")
-    assert report.main(["--check", *folder], readme) == 1
+    assert report.main(["--check", *folder], [readme]) == 1
 
 
 def test_report_without_runs_and_with_an_unknown_region() -> None:

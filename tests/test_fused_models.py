@@ -560,21 +560,6 @@ def test_distributed_data_parallel(process_group: None) -> None:
         assert_close(got, want, FLOAT64)
 
 
-def test_sharded_parameters_run_composed(process_group: None) -> None:
-    """FSDP2 makes them tensors of a subclass, and its hooks gather them."""
-    from torch.distributed.fsdp import fully_shard
-
-    plain, fused = pair()
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        for block in blocks_of(fused):
-            fully_shard(block, mesh=mesh)
-        out = fully_shard(fused, mesh=mesh)(images())
-    except (NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
-        pytest.skip(f"no FSDP2 on CPU here: {error}")
-    torch.testing.assert_close(out, plain(images()), rtol=1e-10, atol=1e-10)
-
-
 def test_data_parallel() -> None:
     """Without GPUs it calls the module itself."""
     plain, fused = pair()

@@ -19,7 +19,7 @@ from helpers import Case, Result, assert_criterion, channels_last, errors, in_dt
 from test_stages import CONV2, STAGES, Data, tensors_of
 from tolerances import SAME_FORMULA
 
-from fused_bottleneck import program, rules, tail
+from fused_bottleneck import collectives, modules, program, rules, tail
 from fused_bottleneck.operands import POINTWISE, Geometry
 from fused_bottleneck.stages import ConvTerm, Stages
 
@@ -237,6 +237,29 @@ def test_block(case: str, frozen: str, dtype: torch.dtype) -> None:
         skip = {n for n, g in oracle.grads.items() if n.endswith("bias") and n.startswith("conv")}
         rows.append([errors(r, oracle, skip) for r in (fused, eager)])
     assert_criterion([row[0] for row in rows], [row[1] for row in rows], dtype)
+
+
+@pytest.fixture
+def equal_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block is one of two ranks that have the same batch."""
+    monkeypatch.setattr(modules, "_group", lambda bn: "two" if bn.training else None)
+    monkeypatch.setattr(collectives, "require_agreement", lambda *block: None)
+    both = lambda group, tensors: [2 * t.double() for t in tensors]  # noqa: E731
+    monkeypatch.setattr(collectives, "all_reduce", both)
+
+
+@interpreted
+@pytest.mark.usefixtures("triton_block", "equal_ranks")
+@pytest.mark.parametrize("frozen", ["none", "bn2, bn3"])
+def test_synchronised_block(frozen: str) -> None:
+    """As accurate as the plain block, whose statistics and gradients are those of each rank."""
+    rows = []
+    for seed in range(2):
+        oracle, eager, fused = results(BLOCKS["stride 2"], torch.float32, FROZEN[frozen], seed)
+        skip = {n for n, g in oracle.grads.items() if n.endswith("bias") and n.startswith("conv")}
+        skip |= {n for n in oracle.buffers if n.endswith("running_var")}  # of twice the pixels
+        rows.append([errors(r, oracle, skip) for r in (fused, eager)])
+    assert_criterion([row[0] for row in rows], [row[1] for row in rows], torch.float32)
 
 
 def run_interpreted() -> None:
