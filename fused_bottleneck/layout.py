@@ -13,7 +13,9 @@ from .modules import (
     class_path,
     conv_arguments,
     conv_bn_of,
+    conv_class,
     norm_class,
+    promotes,
 )
 
 
@@ -40,7 +42,8 @@ class Layout:
         activations: the three ReLUs; None for one that is a function.
         shortcut: the module called on x, a convolution with its normalisation, or None where the
             class has no place for one.
-        idle: children that must do nothing for the formula to hold: absent, None or nn.Identity.
+        idle: attributes that must be off for the formula to hold: absent, None, False or an
+            nn.Identity.
         containers: the modules between the block and its parts; the block itself too where its
             class is not known, but its formula was proved with exactly these children.
         adds_in_place: whether the class writes ``out += residual``, which keeps out's dtype.
@@ -55,18 +58,23 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class UnitLayout:
-    """Where a class keeps ``relu(norm(conv(x)))``.
+class ChainLayout:
+    """Which children a class calls one after the other.
 
-    containers: as in ``Layout``. has_rest: whether the class goes on from there; its three parts
-    are then direct children, and used for nothing else.
+    Attributes:
+        names: those children, where a Sequential stands for its own; empty for all there are, as
+            nn.Sequential calls them.
+        has_rest: whether the class goes on from there. It then uses its input, and these
+            children, for nothing else.
     """
 
-    conv: str
-    norm: str
-    activation: str
-    containers: tuple[Container, ...] = ()
+    names: tuple[str, ...] = ()
     has_rest: bool = False
+
+    @property
+    def is_unit(self) -> bool:
+        """Whether a convolution, a normalisation and a ReLU are all there is."""
+        return bool(self.names) and not self.has_rest
 
 
 class Parts(NamedTuple):
@@ -107,14 +115,25 @@ def read(block: nn.Module, layout: Layout) -> Parts:
 def reason(block: nn.Module, layout: Layout) -> str | None:
     """Why the block is not its layout's formula over plain children; None if it is."""
     for path in layout.idle:
-        module = attribute(block, path)
-        if module is not None and checks.child(path, module, nn.Identity) is not None:
-            return f"{path} is not empty, but {type(module).__name__}"
+        problem = _idle_reason(path, attribute(block, path))
+        if problem is not None:
+            return problem
     for container in layout.containers:
         problem = _container_reason(block, container)
         if problem is not None:
             return problem
     return _parts_reason(block, layout)
+
+
+def _idle_reason(path: str, value: Any) -> str | None:
+    """Why the attribute is not off; None if it is."""
+    if value is None or value is False:
+        return None
+    if not isinstance(value, nn.Module):
+        return f"{path} is set"
+    if checks.child(path, value, nn.Identity) is not None:
+        return f"{path} is not empty, but {type(value).__name__}"
+    return None
 
 
 def _container_reason(block: nn.Module, container: Container) -> str | None:
@@ -148,31 +167,19 @@ def _parts_reason(block: nn.Module, layout: Layout) -> str | None:
 
 
 def _pair_reason(block: nn.Module, conv: str, norm: str) -> str | None:
-    module = attribute(block, norm)
-    problem = checks.child(conv, attribute(block, conv), nn.Conv2d)
-    return problem or checks.child(norm, module, norm_class(module))
+    return pair_reason(conv, attribute(block, conv), norm, attribute(block, norm))
 
 
-def read_unit(module: nn.Module, layout: UnitLayout) -> Parts:
-    """The parts of a module, of which ``unit_reason`` is None."""
-    return Parts([(attribute(module, layout.conv), attribute(module, layout.norm))], None)
-
-
-def unit_reason(module: nn.Module, layout: UnitLayout) -> str | None:
-    """Why the module has no plain conv+BN+ReLU where its layout says; None if it has."""
-    for container in layout.containers:
-        problem = _container_reason(module, container)
-        if problem is not None:
-            return problem
-    problem = _pair_reason(module, layout.conv, layout.norm)
-    return problem or checks.child(layout.activation, attribute(module, layout.activation), nn.ReLU)
+def pair_reason(conv: str, conv_module: Any, norm: str, norm_module: Any) -> str | None:
+    """Why the parameters of a convolution and a normalisation of those names do not say it all."""
+    problem = checks.child(conv, conv_module, conv_class(conv_module))
+    return problem or checks.child(norm, norm_module, norm_class(norm_module))
 
 
 def norm_promotion(parts: Parts, x: Tensor) -> str | None:
     """Why a normalisation's output is not of x's dtype, that of the convolutions; None if it is."""
     for _, norm in parts.pairs:
-        # A fixed affine is a product and a sum with its own vectors, where nn's casts to x's dtype.
-        if not isinstance(norm, nn.BatchNorm2d) and norm.weight.dtype != x.dtype:
+        if promotes(norm) and norm.weight.dtype != x.dtype:
             return f"a {type(norm).__name__} promotes {x.dtype} to {norm.weight.dtype}"
     return None
 
@@ -195,7 +202,9 @@ def composed_with(block: nn.Module, layout: Layout, x: Tensor, residual: Tensor)
     out = x
     steps = zip(layout.units, layout.activations, strict=True)
     for last, ((conv, norm), activation) in zip((False, False, True), steps, strict=True):
-        out = attribute(block, norm)(attribute(block, conv)(out))
+        out = attribute(block, conv)(out)
+        if not norm.startswith(f"{conv}."):  # which calls it itself
+            out = attribute(block, norm)(out)
         if last and layout.adds_in_place:
             out += residual
         elif last:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import fused_bottleneck as fb
 from benchmarks.model_zoo import MODELS
 from fused_bottleneck import adapters, tracing
-from fused_bottleneck.conv_bn_relu import FusedUnit
+from fused_bottleneck.chain import FusedChain
 from fused_bottleneck.layout import Container, Layout
 
 
@@ -242,8 +242,8 @@ STEMS: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 
-def stems_of(model: nn.Module) -> list[FusedUnit]:
-    return [module for module in model.modules() if isinstance(module, FusedUnit)]
+def stems_of(model: nn.Module) -> list[FusedChain]:
+    return [module for module in model.modules() if isinstance(module, FusedChain)]
 
 
 @pytest.mark.slow
