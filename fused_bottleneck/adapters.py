@@ -120,13 +120,16 @@ def survey_stems(model: nn.Module) -> list[Finding]:
 
 
 def _chain_layout(module: nn.Module) -> ChainLayout | None:
-    """The layout of a module that can have a conv+BN+ReLU, or has one; None for any other."""
+    """The layout of a module that has conv+BN+ReLU, or had; None for any other."""
     if isinstance(module, FusedChain):
         return module.plain_layout
-    known = STEMS.get(class_path(type(module)))
-    if known is None and chain.is_sequential(module) and chain.has_units(module, ChainLayout()):
-        return ChainLayout()
-    return known
+    where = STEMS.get(class_path(type(module)))
+    if where is None and chain.is_sequential(module):
+        where = ChainLayout()
+    # A ResNet without is worth a reason, as its stem is what stem=True is about.
+    if where is None or where.has_rest or chain.has_units(module, where):
+        return where
+    return None
 
 
 def _survey(name: str, module: nn.Module, visited: set[int]) -> list[Finding]:

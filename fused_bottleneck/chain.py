@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checks, functional, layout
+from . import checks, functional, layout, rules
 from .functional import Unit
 from .fused_module import FusedModule
 from .layout import ChainLayout, Parts
@@ -64,28 +64,31 @@ def _is_unit(modules: Sequence[Named]) -> bool:
     return isinstance(conv, nn.Conv2d) and is_norm(norm) and isinstance(relu, nn.ReLU)
 
 
-def _groups(modules: Sequence[Named]) -> list[Group]:
+def _groups(modules: Sequence[Named], where: ChainLayout) -> list[Group]:
     groups: list[Group] = []
     while modules:
-        size = 3 if _is_unit(modules[:3]) else 1
+        (_, conv), *_ = modules
+        unit = _is_unit(modules[:3])
+        unit = unit and (where.is_unit or rules.unit_pays(conv.kernel_size, conv.groups))
+        size = 3 if unit else 1
         groups.append(tuple(modules[:size]))
         modules = modules[size:]
     return groups
 
 
 def has_units(module: nn.Module, where: ChainLayout) -> bool:
-    """Whether convolution, normalisation and ReLU follow each other somewhere in the chain."""
-    return any(len(group) == 3 for group in _groups(_modules(module, where)))
+    """Whether the chain has a convolution, normalisation and ReLU in a row that pay."""
+    return any(len(group) == 3 for group in _groups(_modules(module, where), where))
 
 
 def plan(module: nn.Module, where: ChainLayout) -> list[Group] | str:
     """What the chain calls, in its order; or why not all its units are plain, or there are none."""
     modules = _modules(module, where)
-    groups = _groups(modules)
+    groups = _groups(modules, where)
     units = [group for group in groups if len(group) == 3]
     if not units:
         kinds = ", ".join(f"{name} ({type(m).__name__})" for name, m in modules)
-        return f"no convolution, normalisation and ReLU follow each other in {kinds or 'nothing'}"
+        return f"no conv+BN+ReLU that pays is in {kinds or 'it'}"
     for (conv, conv_module), (norm, norm_module), (relu, relu_module) in units:
         problem = layout.pair_reason(conv, conv_module, norm, norm_module)
         problem = problem or checks.child(relu, relu_module, nn.ReLU)
