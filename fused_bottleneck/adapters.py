@@ -25,11 +25,7 @@ _MM_BOTTLENECK = Layout(
     units=tuple((f"conv{i}", f"norm{i}") for i in (1, 2, 3)),
     idle=("with_cp", "with_plugins", "drop_path"),
 )
-_MM_BOTTLENECKS = {
-    f"{library}.models.backbones.{file}.Bottleneck": _MM_BOTTLENECK
-    for library in ("mmdet", "mmpretrain", "mmseg")
-    for file in ("resnet", "resnext")
-}
+_MM_BACKBONES = [f"{library}.models.backbones" for library in ("mmdet", "mmpretrain", "mmseg")]
 
 # The classes of the libraries, by the names they have there: recognising a class imports nothing,
 # as whoever has an instance has imported its library. The tests prove each of these again by
@@ -57,7 +53,8 @@ KNOWN: dict[str, Layout] = {
         shortcut="shortcut",
         idle=tuple(f"conv{i}.activation" for i in (1, 2, 3)),
     ),
-    **_MM_BOTTLENECKS,
+    **{f"{module}.resnet.Bottleneck": _MM_BOTTLENECK for module in _MM_BACKBONES},
+    **{f"{module}.resnext.Bottleneck": _MM_BOTTLENECK for module in _MM_BACKBONES},
 }
 
 # Modules that are, or start with, conv+BN+ReLU; besides any nn.Sequential.
@@ -68,6 +65,10 @@ STEMS: dict[str, ChainLayout] = {
     "transformers.models.resnet.modeling_resnet.ResNetConvLayer": ChainLayout(
         ("convolution", "normalization", "activation")
     ),
+    **{
+        f"{module}.resnet.ResNet": ChainLayout(("conv1", "bn1", "relu"), has_rest=True)
+        for module in _MM_BACKBONES
+    },
 }
 
 # A shortcut with more convolutions than this is no block's.
@@ -126,10 +127,11 @@ def _chain_layout(module: nn.Module) -> ChainLayout | None:
     where = STEMS.get(class_path(type(module)))
     if where is None and chain.is_sequential(module):
         where = ChainLayout()
-    # A ResNet without is worth a reason, as its stem is what stem=True is about.
-    if where is None or where.has_rest or chain.has_units(module, where):
-        return where
-    return None
+    if where is None:
+        return None
+    # A known ResNet without is worth a reason, unless its stem is elsewhere (OpenMMLab's deep one).
+    expected = where.has_rest and hasattr(module, where.names[0])
+    return where if expected or chain.has_units(module, where) else None
 
 
 def _survey(name: str, module: nn.Module, visited: set[int]) -> list[Finding]:

@@ -155,7 +155,7 @@ def _parts_reason(block: nn.Module, layout: Layout) -> str | None:
     if isinstance(layout.shortcut, tuple):
         units = (*units, layout.shortcut)
     for conv, norm in units:
-        problem = _pair_reason(block, conv, norm)
+        problem = pair_reason(conv, attribute(block, conv), norm, attribute(block, norm))
         if problem is not None:
             return problem
     for path in layout.activations:
@@ -164,10 +164,6 @@ def _parts_reason(block: nn.Module, layout: Layout) -> str | None:
             if problem is not None:
                 return problem
     return None
-
-
-def _pair_reason(block: nn.Module, conv: str, norm: str) -> str | None:
-    return pair_reason(conv, attribute(block, conv), norm, attribute(block, norm))
 
 
 def pair_reason(conv: str, conv_module: Any, norm: str, norm_module: Any) -> str | None:

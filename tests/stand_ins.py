@@ -175,6 +175,30 @@ class MMDetBlock(OpenMMLabBlock):
         return self.plugin(out) if self.with_plugins and self.plugin is not None else out
 
 
+@known_as("mmseg.models.backbones.resnet.ResNet")
+class OpenMMLabResNet(nn.Module):
+    """Only its stem, which is a Sequential where it is deep."""
+
+    def __init__(self, deep: bool) -> None:
+        super().__init__()
+        self.stem = None
+        if deep:
+            self.stem = nn.Sequential(
+                nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+            )
+        else:
+            self.conv1 = nn.Conv2d(3, 4, 7, 2, 3)
+            self.bn1, self.relu = nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+
+    norm1 = property(lambda self: self.bn1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stem is None:
+            return self.maxpool(self.relu(self.norm1(self.conv1(x))))
+        return self.maxpool(self.stem(x))
+
+
 # CLIP: strides are poolings.
 
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -238,7 +239,8 @@ STEMS: dict[str, tuple[str, dict[str, Any], int]] = {
         {"depths": [1, 1, 1, 1], "num_labels": 5},
         1,
     ),
-    "deeplab": ("torchvision.segmentation.deeplabv3_resnet50", {"num_classes": 5}, 3),
+    "timm, deep": ("timm.resnet50d", TIMM, 1),
+    "deeplab": ("torchvision.segmentation.deeplabv3_resnet50", {"num_classes": 5}, 4),
 }
 
 
@@ -254,6 +256,29 @@ def test_stem(case: str) -> None:
     fused = fb.fuse(copy.deepcopy(plain), stem=True, strict=True)
     assert len(stems_of(fused)) == count
     assert_close(step(fused, images(2, 40)), step(plain, images(2, 40)), FLOAT64)
+
+
+SEQUENTIALS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "FCNHead": ("torchvision", "models.segmentation.fcn.FCNHead", {"in_channels": 16}),
+    "Conv2dNormActivation": ("torchvision", "ops.misc.Conv2dNormActivation", {"in_channels": 16}),
+    "Conv2dReLU": (
+        "segmentation_models_pytorch",
+        "base.modules.Conv2dReLU",
+        {"in_channels": 16, "kernel_size": 3, "padding": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SEQUENTIALS)
+def test_sequentials_of_libraries(case: str) -> None:
+    """What heads and decoders are made of."""
+    package, path, options = SEQUENTIALS[case]
+    name = "channels" if case == "FCNHead" else "out_channels"
+    plain = attrgetter(path)(load(package))(**options, **{name: 8}).double()
+    (fused,) = stems_of(fb.fuse(copy.deepcopy(plain), stem=True, strict=True))
+    x = images(1, 32).view(3, 16, 8, 8)
+    assert fused.why_not_fused(x) is None
+    assert_close(step(fused, x), step(plain, x), FLOAT64)
 
 
 def test_stem_of_torchvision() -> None:
@@ -290,12 +315,18 @@ def test_stem_reads_the_model_at_every_call() -> None:
     assert seen == [1]
 
 
-def test_deep_stem_is_declined() -> None:
-    model = model_of("timm.resnet50d", **TIMM)
-    with pytest.raises(ValueError, match="conv1 is a Sequential"):
-        fb.fuse(model, stem=True, strict=True)
-    assert not blocks_of(model)
-    assert len(blocks_of(fb.fuse(model, stem=True))) == 5
+def test_deep_stem() -> None:
+    """The Sequential that is conv1 is part of the chain that the model starts with."""
+    fused = fb.fuse(model_of("timm.resnet50d", **TIMM), stem=True, strict=True)
+    assert stems_of(fused) == [fused]
+    x = images(2, 33)
+    assert fused.why_not_fused(x) is None
+    want = step(copy.deepcopy(fused), x)
+    seen: list[int] = []
+    fused.conv1.register_forward_hook(lambda *a: seen.append(1))
+    assert "conv1 (Sequential)" in str(fused.why_not_fused(x))
+    assert_close(step(fused, x), want, FLOAT64)
+    assert seen == [1]
 
 
 # Training.

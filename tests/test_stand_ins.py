@@ -23,6 +23,7 @@ from stand_ins import (
     FrozenNorm,
     MMDetBlock,
     MMPretrainBlock,
+    OpenMMLabResNet,
     importable,
 )
 from torch import Tensor, nn
@@ -213,6 +214,15 @@ def test_detectron2_frozen_norms_keep_bfloat16(stride: int) -> None:
         for result, rows in zip(results, (eager_errors, fused_errors), strict=True):
             rows.append(errors(result, exact))
     assert_criterion(fused_errors, eager_errors, torch.bfloat16)
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_stem_of_openmmlab(deep: bool) -> None:
+    plain = block_of(OpenMMLabResNet, deep)
+    fused = fb.fuse(copy.deepcopy(plain), stem=True, strict=True)
+    assert [row.name for row in fb.explain(fused)] == ["stem" if deep else ""]
+    biases = {"stem.0.bias" if deep else "conv1.bias"}
+    assert_equal_float64(run(fused, input_of(3)), run(plain, input_of(3)), noise=biases)
 
 
 @pytest.mark.parametrize("kind", [Detectron2Block, MMPretrainBlock])
