@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_equal_float64, randomise, run
+from model_helpers import load
 from torch import Tensor, nn
 
 import fused_bottleneck as fb
@@ -424,6 +425,28 @@ def test_model() -> None:
     assert [type(m) for m in fused.modules()] == kinds
 
 
+def test_hooks_from_before_fuse_run() -> None:
+    """On the block, as on any module; they are no reason to decline it."""
+    block = block_of(Pasted)
+    block.register_forward_pre_hook(lambda m, args: (2 * args[0],))
+    block.register_forward_hook(lambda m, args, out: out + 1)
+    plain = copy.deepcopy(block)
+    assert fb.fuse(block, strict=True).why_not_fused(input_of(block)) is None
+    assert_same(block, plain)
+
+
+@pytest.mark.slow
+def test_no_library_is_imported() -> None:
+    """Whoever has an instance of a library's class has imported the library."""
+    code = """
+import sys, fused_bottleneck as fb
+fb.fuse(fb.Bottleneck(16, 4), stem=True, strict=True)
+names = {"torchvision", "timm", "transformers", "monai", "detectron2", "mmdet", "mmpretrain"}
+assert not names & {name.split(".")[0] for name in sys.modules}, names
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
 def test_explain_lists_each_block_once() -> None:
     model = Model()
     before = fb.explain(model)
@@ -589,6 +612,20 @@ def test_command(
 ) -> None:
     command(monkeypatch, "fused_bottleneck.Bottleneck", *arguments)
     assert "0 fused, 1 can be fused, 0 declined" in capsys.readouterr().out
+
+
+def test_command_on_a_library(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load("torchvision")
+    command(monkeypatch, "torchvision.models.resnet50", "num_classes=2")
+    table = capsys.readouterr().out.splitlines()
+    assert table[1].split() == [
+        "layer1.0",
+        "torchvision.models.resnet.Bottleneck",
+        *["can", "be", "fused"],
+    ]
+    assert table[-1] == "0 fused, 16 can be fused, 0 declined"
 
 
 @pytest.mark.parametrize("name", ["nowhere.at_all", "torch.nn.nothing", "torch.pi", "?"])
