@@ -20,10 +20,10 @@ _HF_LAYERS = tuple(
     for i in range(3)
 )
 
-# mmdet's and mmseg's blocks are alike; mmpretrain's has no plugins, but drops paths.
+# mmdet's and mmseg's blocks take plugins, mmpretrain's drops paths.
 _MM_BOTTLENECK = Layout(
     units=tuple((f"conv{i}", f"norm{i}") for i in (1, 2, 3)),
-    idle=("with_cp", "with_plugins", "drop_path"),
+    idle=("with_cp", "drop_path", *(f"after_conv{i}_plugin_names" for i in (1, 2, 3))),
 )
 _MM_BACKBONES = [f"{library}.models.backbones" for library in ("mmdet", "mmpretrain", "mmseg")]
 
@@ -57,16 +57,25 @@ KNOWN: dict[str, Layout] = {
     **{f"{module}.resnext.Bottleneck": _MM_BOTTLENECK for module in _MM_BACKBONES},
 }
 
+_CONV1_BN1_RELU = ("conv1", "bn1", "relu")
+
 # Modules that are, or start with, conv+BN+ReLU; besides any nn.Sequential.
 STEMS: dict[str, ChainLayout] = {
     "fused_bottleneck.reference.ConvBNReLU": ChainLayout(("conv", "bn", "relu")),
-    "torchvision.models.resnet.ResNet": ChainLayout(("conv1", "bn1", "relu"), has_rest=True),
-    "timm.models.resnet.ResNet": ChainLayout(("conv1", "bn1", "act1"), has_rest=True),
-    "transformers.models.resnet.modeling_resnet.ResNetConvLayer": ChainLayout(
-        ("convolution", "normalization", "activation")
+    "torchvision.models.resnet.ResNet": ChainLayout(_CONV1_BN1_RELU, has_rest=True),
+    "torchvision.models._utils.IntermediateLayerGetter": ChainLayout(
+        _CONV1_BN1_RELU, has_rest=True, given_out="return_layers"
     ),
+    "timm.models.resnet.ResNet": ChainLayout(("conv1", "bn1", "act1"), has_rest=True),
+    "monai.networks.nets.resnet.ResNet": ChainLayout(("conv1", "bn1", "act"), has_rest=True),
     **{
-        f"{module}.resnet.ResNet": ChainLayout(("conv1", "bn1", "relu"), has_rest=True)
+        f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}ConvLayer": ChainLayout(
+            ("convolution", "normalization", "activation")
+        )
+        for name in ("ResNet", "RegNet")
+    },
+    **{
+        f"{module}.resnet.ResNet": ChainLayout(_CONV1_BN1_RELU, has_rest=True)
         for module in _MM_BACKBONES
     },
 }

@@ -83,6 +83,9 @@ def has_units(module: nn.Module, where: ChainLayout) -> bool:
 
 def plan(module: nn.Module, where: ChainLayout) -> list[Group] | str:
     """What the chain calls, in its order; or why not all its units are plain, or there are none."""
+    for name in where.names[:-1]:
+        if name in getattr(module, where.given_out, ()):
+            return f"the output of {name} is given out"
     modules = _modules(module, where)
     groups = _groups(modules, where)
     units = [group for group in groups if len(group) == 3]

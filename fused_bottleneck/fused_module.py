@@ -39,7 +39,8 @@ class FusedModule(nn.Module):
     plain_layout: ClassVar[Layout | ChainLayout]
     composed: Callable[..., Tensor]
 
-    def forward(self, x: Tensor) -> Tensor:
+    # torch.jit reads types here, and a plain class that is no block may return any other.
+    def forward(self, x):  # type: ignore[no-untyped-def]
         if torch.jit.is_scripting():
             return self.composed(x)
         return self._forward(x)

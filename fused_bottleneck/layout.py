@@ -42,8 +42,8 @@ class Layout:
         activations: the three ReLUs; None for one that is a function.
         shortcut: the module called on x, a convolution with its normalisation, or None where the
             class has no place for one.
-        idle: attributes that must be off for the formula to hold: absent, None, False or an
-            nn.Identity.
+        idle: attributes that must be off for the formula to hold: absent, nn.Identity, or None,
+            False or empty.
         containers: the modules between the block and its parts; the block itself too where its
             class is not known, but its formula was proved with exactly these children.
         adds_in_place: whether the class writes ``out += residual``, which keeps out's dtype.
@@ -66,10 +66,12 @@ class ChainLayout:
             nn.Sequential calls them.
         has_rest: whether the class goes on from there. It then uses its input, and these
             children, for nothing else.
+        given_out: the attribute that says which children's outputs the class also gives out.
     """
 
     names: tuple[str, ...] = ()
     has_rest: bool = False
+    given_out: str = ""
 
     @property
     def is_unit(self) -> bool:
@@ -127,10 +129,8 @@ def reason(block: nn.Module, layout: Layout) -> str | None:
 
 def _idle_reason(path: str, value: Any) -> str | None:
     """Why the attribute is not off; None if it is."""
-    if value is None or value is False:
-        return None
     if not isinstance(value, nn.Module):
-        return f"{path} is set"
+        return f"{path} is set" if value else None
     if checks.child(path, value, nn.Identity) is not None:
         return f"{path} is not empty, but {type(value).__name__}"
     return None

@@ -43,10 +43,13 @@ class Report(list[Row]):
 
     __repr__ = __str__
 
+    def ready(self) -> int:
+        """How many can be fused and are not yet."""
+        return sum(not row.fused and row.reason is None for row in self)
+
     def summary(self) -> str:
         """How many there are of each."""
-        fused = sum(row.fused for row in self)
-        ready = sum(not row.fused and row.reason is None for row in self)
+        fused, ready = sum(row.fused for row in self), self.ready()
         return f"{fused} fused, {ready} can be fused, {len(self) - fused - ready} declined"
 
 

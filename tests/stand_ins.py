@@ -168,11 +168,12 @@ class MMPretrainBlock(OpenMMLabBlock):
 class MMDetBlock(OpenMMLabBlock):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.with_plugins = False
-        self.plugin: nn.Module | None = None
+        self.after_conv3_plugin_names: list[str] = []
 
     def after(self, out: Tensor) -> Tensor:
-        return self.plugin(out) if self.with_plugins and self.plugin is not None else out
+        for name in self.after_conv3_plugin_names:
+            out = getattr(self, name)(out)
+        return out
 
 
 @known_as("mmseg.models.backbones.resnet.ResNet")

@@ -38,30 +38,38 @@ def model_of(name: str, **options: Any) -> nn.Module:
 
 
 TIMM = {"layers": [2, 1, 1, 1], "num_classes": 5}
-# Name, size of the images, options; fewer blocks where that shows as much.
-COMPARED: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "resnet50": ("torchvision.resnet50", 64, {"num_classes": 5}),
-    "timm resnet50d": ("timm.resnet50d", 48, TIMM),
+# Name, size of the images, options (fewer blocks where that shows as much), and how many stems and
+# other chains stem=True finds.
+COMPARED: dict[str, tuple[str, int, dict[str, Any], int]] = {
+    "resnet50": ("torchvision.resnet50", 64, {"num_classes": 5}, 1),
+    "timm resnet50d": ("timm.resnet50d", 48, TIMM, 1),
 }
-SLOW: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "regnet_x_400mf": ("torchvision.regnet_x_400mf", 64, {"num_classes": 5}),
-    "timm resnet50": ("timm.resnet50", 48, TIMM),
+SLOW: dict[str, tuple[str, int, dict[str, Any], int]] = {
+    "regnet_x_400mf": ("torchvision.regnet_x_400mf", 64, {"num_classes": 5}, 1),
+    "timm resnet50": ("timm.resnet50", 48, TIMM, 1),
     "transformers": (
         "transformers.ResNetForImageClassification",
         48,
         {"depths": [2, 1, 1, 1], "num_labels": 5},
+        1,
     ),
     "monai": (
         "monai.resnet50(spatial_dims=2, n_input_channels=3)",
         48,
         {"num_classes": 5, "conv1_t_stride": 2},
+        1,
     ),
-    "resnet101": ("torchvision.resnet101", 33, {"num_classes": 5}),
-    "resnext50_32x4d": ("torchvision.resnext50_32x4d", 48, {"num_classes": 5}),
-    "wide_resnet50_2": ("torchvision.wide_resnet50_2", 33, {"num_classes": 5}),
-    "fcn_resnet50": ("torchvision.segmentation.fcn_resnet50", 33, {"num_classes": 5}),
-    "deeplabv3_resnet50": ("torchvision.segmentation.deeplabv3_resnet50", 33, {"num_classes": 5}),
-    "smp Unet": ("segmentation_models_pytorch.Unet('resnet50')", 64, {}),
+    "resnet101": ("torchvision.resnet101", 33, {"num_classes": 5}, 1),
+    "resnext50_32x4d": ("torchvision.resnext50_32x4d", 48, {"num_classes": 5}, 1),
+    "wide_resnet50_2": ("torchvision.wide_resnet50_2", 33, {"num_classes": 5}, 1),
+    "fcn_resnet50": ("torchvision.segmentation.fcn_resnet50", 33, {"num_classes": 5}, 2),
+    "deeplabv3_resnet50": (
+        "torchvision.segmentation.deeplabv3_resnet50",
+        33,
+        {"num_classes": 5},
+        5,
+    ),
+    "smp Unet": ("segmentation_models_pytorch.Unet('resnet50')", 64, {}, 10),
 }
 CASES = [
     *(pytest.param(*case, id=name) for name, case in COMPARED.items()),
@@ -69,18 +77,24 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "size", "options"), CASES)
-def test_training_step(name: str, size: int, options: dict[str, Any]) -> None:
-    """Output, every gradient and all running statistics, in float64."""
+def stems_of(model: nn.Module) -> list[FusedChain]:
+    return [module for module in model.modules() if isinstance(module, FusedChain)]
+
+
+@pytest.mark.parametrize(("name", "size", "options", "stems"), CASES)
+def test_training_step(name: str, size: int, options: dict[str, Any], stems: int) -> None:
+    """Output, every gradient and all running statistics, in float64; then with stem=True."""
     model = model_of(name, **options)
     x = images(2, size)
     want = step(model, x)
-    # The second step of one model is the first of another, but for its statistics.
-    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        norm.reset_running_stats()
-    fb.fuse(model, strict=True)
-    assert set(reasons(model.eval(), x)) == {None}
-    assert_close(step(model.train(), x), want, FLOAT64)
+    for stem in (False, True):
+        # One model takes all steps, but for the statistics.
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.reset_running_stats()
+        fb.fuse(model, strict=True, stem=stem)
+        assert len(stems_of(model)) == (stems if stem else 0)
+        assert set(reasons(model.eval(), x)) == {None}
+        assert_close(step(model.train(), x), want, FLOAT64)
 
 
 @pytest.mark.parametrize("name", ["torchvision.resnet50", "timm.resnet50d"])
@@ -253,32 +267,6 @@ def test_hooks_inside_a_layer_of_transformers() -> None:
 
 # Stems.
 
-STEMS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "timm": ("timm.resnet50", TIMM, 1),
-    "transformers": (
-        "transformers.ResNetForImageClassification",
-        {"depths": [1, 1, 1, 1], "num_labels": 5},
-        1,
-    ),
-    "timm, deep": ("timm.resnet50d", TIMM, 1),
-    "deeplab": ("torchvision.segmentation.deeplabv3_resnet50", {"num_classes": 5}, 4),
-}
-
-
-def stems_of(model: nn.Module) -> list[FusedChain]:
-    return [module for module in model.modules() if isinstance(module, FusedChain)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", STEMS)
-def test_stem(case: str) -> None:
-    name, options, count = STEMS[case]
-    plain = model_of(name, **options)
-    fused = fb.fuse(copy.deepcopy(plain), stem=True, strict=True)
-    assert len(stems_of(fused)) == count
-    assert_close(step(fused, images(2, 40)), step(plain, images(2, 40)), FLOAT64)
-
-
 SEQUENTIALS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "FCNHead": ("torchvision", "models.segmentation.fcn.FCNHead", {"in_channels": 16}),
     "Conv2dNormActivation": ("torchvision", "ops.misc.Conv2dNormActivation", {"in_channels": 16}),
@@ -300,6 +288,33 @@ def test_sequentials_of_libraries(case: str) -> None:
     x = images(1, 32).view(3, 16, 8, 8)
     assert fused.why_not_fused(x) is None
     assert_close(step(fused, x), step(plain, x), FLOAT64)
+
+
+def test_stem_of_a_backbone() -> None:
+    """Of detection and segmentation: unless outputs are asked for that are never made."""
+    getter = load("torchvision").models._utils.IntermediateLayerGetter
+    plain = getter(small_resnet(), {"relu": "low", "layer2": "high"})
+    fused = fb.fuse(copy.deepcopy(plain), stem=True, strict=True)
+    assert stems_of(fused) == [fused]
+    for mode in (True, False):
+        want, got = (model.train(mode)(images()) for model in (plain, fused))
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    fused.return_layers = {"bn1": "low"}
+    assert fused.why_not_fused(images()) == "the output of bn1 is given out"
+    plain.return_layers = fused.return_layers
+    torch.testing.assert_close(fused(images()), plain(images()), rtol=1e-10, atol=1e-10)
+    (row, *_) = fb.explain(plain, stem=True)
+    assert "bn1 is given out" in str(row.reason)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_script_of_a_backbone() -> None:
+    """Its forward returns a dict."""
+    getter = load("torchvision").models._utils.IntermediateLayerGetter
+    plain = getter(small_resnet(), {"layer2": "high"}).eval()
+    script = torch.jit.script(fb.fuse(copy.deepcopy(plain), stem=True, strict=True))
+    torch.testing.assert_close(script(images()), plain(images()), rtol=1e-10, atol=1e-10)
 
 
 def test_stem_of_torchvision() -> None:
@@ -408,11 +423,12 @@ class Pooled(Logits):
         return super().forward(x).mean((2, 3))
 
 
+# With the size of the images: a head on few pixels multiplies the roundings of float32.
 TRAINED = {
-    "torchvision": small_resnet,
-    "timm": small_timm,
-    "transformers": small_transformers,
-    "fcn": small_segmentation,
+    "torchvision": (small_resnet, 33),
+    "timm": (small_timm, 33),
+    "transformers": (small_transformers, 33),
+    "fcn": (small_segmentation, 41),
 }
 
 
@@ -420,7 +436,8 @@ TRAINED = {
 @pytest.mark.parametrize("library", TRAINED)
 def test_loss_curve(library: str) -> None:
     """20 steps in float64 are equal; in float32 the curve is the same, as eager's is."""
-    plain, x = TRAINED[library](), images(6, 33)
+    make, size = TRAINED[library]
+    plain, x = make(), images(6, size)
     want = losses(copy.deepcopy(plain), x)
     assert want[-1] < 0.9 * want[0]
     fused = fb.fuse(copy.deepcopy(plain), strict=True, stem=True)

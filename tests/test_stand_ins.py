@@ -123,12 +123,13 @@ def test_declined(case: str) -> None:
 
 
 def plug(block: nn.Module) -> None:
-    block.with_plugins, block.plugin = True, nn.Hardtanh()
+    block.context = nn.Hardtanh()
+    block.after_conv3_plugin_names.append("context")
 
 
 SWITCHES: dict[str, tuple[type[nn.Module], Callable[[nn.Module], object], str]] = {
     "checkpointing": (MMDetBlock, lambda b: setattr(b, "with_cp", True), "with_cp is set"),
-    "plugins": (MMDetBlock, plug, "with_plugins is set"),
+    "plugins": (MMDetBlock, plug, "after_conv3_plugin_names is set"),
     "stochastic depth": (
         MMPretrainBlock,
         lambda b: setattr(b, "drop_path", nn.Hardtanh()),
