@@ -6,11 +6,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checks, functional, layout, rules
+from . import checks, functional, layout
 from .functional import Unit
 from .fused_module import FusedModule
 from .layout import ChainLayout, Parts
 from .modules import is_norm
+from .rules import unit_pays
 
 Named = tuple[str, Any]  # a module and its path
 Group = tuple[Named, ...]  # one module, or a unit's convolution, normalisation and ReLU
@@ -67,10 +68,10 @@ def _is_unit(modules: Sequence[Named]) -> bool:
 def _groups(modules: Sequence[Named], where: ChainLayout) -> list[Group]:
     groups: list[Group] = []
     while modules:
-        (_, conv), *_ = modules
-        unit = _is_unit(modules[:3])
-        unit = unit and (where.is_unit or rules.unit_pays(conv.kernel_size, conv.groups))
-        size = 3 if unit else 1
+        conv = modules[0][1]
+        size = 1
+        if _is_unit(modules[:3]) and (where.is_unit or unit_pays(conv.kernel_size, conv.groups)):
+            size = 3
         groups.append(tuple(modules[:size]))
         modules = modules[size:]
     return groups
@@ -83,8 +84,9 @@ def has_units(module: nn.Module, where: ChainLayout) -> bool:
 
 def plan(module: nn.Module, where: ChainLayout) -> list[Group] | str:
     """What the chain calls, in its order; or why not all its units are plain, or there are none."""
+    given_out = getattr(module, where.given_out) if where.given_out else ()
     for name in where.names[:-1]:
-        if name in getattr(module, where.given_out, ()):
+        if name in given_out:
             return f"the output of {name} is given out"
     modules = _modules(module, where)
     groups = _groups(modules, where)

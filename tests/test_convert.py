@@ -626,6 +626,8 @@ def test_command_on_a_library(
         *["can", "be", "fused"],
     ]
     assert table[-1] == "0 fused, 16 can be fused, 0 declined"
+    command(monkeypatch, "--stem", "torchvision.models.resnet50")
+    assert "0 fused, 17 can be fused, 0 declined" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["nowhere.at_all", "torch.nn.nothing", "torch.pi", "?"])
