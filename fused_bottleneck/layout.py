@@ -47,6 +47,8 @@ class Layout:
         containers: the modules between the block and its parts; the block itself too where its
             class is not known, but its formula was proved with exactly these children.
         adds_in_place: whether the class writes ``out += residual``, which keeps out's dtype.
+        flags: the block's attributes that are true or false, as they were when its formula was
+            proved: the proof says nothing about other values.
     """
 
     units: tuple[tuple[str, str], ...] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
@@ -55,6 +57,7 @@ class Layout:
     idle: tuple[str, ...] = ()
     containers: tuple[Container, ...] = ()
     adds_in_place: bool = True
+    flags: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,9 @@ def reason(block: nn.Module, layout: Layout) -> str | None:
         problem = _container_reason(block, container)
         if problem is not None:
             return problem
+    for flag, value in layout.flags:
+        if getattr(block, flag, None) is not value:
+            return f"{flag} was {value} when its forward was read"
     return _parts_reason(block, layout)
 
 

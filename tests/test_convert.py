@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -343,6 +344,17 @@ def test_declined_by_its_instance(case: str) -> None:
     assert type(block) is kind
 
 
+class Flagged(Pasted):
+    """With a switch, which its graph does not show."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.doubled = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2 if self.doubled else super().forward(x)
+
+
 CHANGES_AFTERWARDS: dict[str, tuple[type[nn.Module], Callable[[nn.Module], object]]] = {
     "a shortcut where there was none": (
         Pasted,
@@ -358,6 +370,7 @@ CHANGES_AFTERWARDS: dict[str, tuple[type[nn.Module], Callable[[nn.Module], objec
     ),
     "an empty place filled": (Nested, change("branch.2.2", nn.Tanh)),
     "norm replaced": (Pasted, change("bn2", lambda: nn.InstanceNorm2d(4))),
+    "a flag set": (Flagged, lambda b: setattr(b, "doubled", True)),
 }
 
 
