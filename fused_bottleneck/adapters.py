@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 from torch import Tensor, fx, jit, nn
 
-from . import checks, layout, tracing
+from . import chain, checks, layout, tracing
 from .block import FusedBlock
-from .conv_bn_relu import FusedUnit
+from .chain import FusedChain
 from .fused_module import FusedModule
-from .layout import Container, Layout, UnitLayout
+from .layout import ChainLayout, Container, Layout
 from .modules import class_path
 
 _HF_LAYERS = tuple(
@@ -19,6 +19,13 @@ _HF_LAYERS = tuple(
     )
     for i in range(3)
 )
+
+# mmdet's and mmseg's blocks take plugins, mmpretrain's drops paths.
+_MM_BOTTLENECK = Layout(
+    units=tuple((f"conv{i}", f"norm{i}") for i in (1, 2, 3)),
+    idle=("with_cp", "drop_path", *(f"after_conv{i}_plugin_names" for i in (1, 2, 3))),
+)
+_MM_BACKBONES = [f"{library}.models.backbones" for library in ("mmdet", "mmpretrain", "mmseg")]
 
 # The classes of the libraries, by the names they have there: recognising a class imports nothing,
 # as whoever has an instance has imported its library. The tests prove each of these again by
@@ -40,19 +47,37 @@ KNOWN: dict[str, Layout] = {
         ),
     ),
     "monai.networks.nets.resnet.ResNetBottleneck": Layout(activations=("act", "act", "act")),
+    "detectron2.modeling.backbone.resnet.BottleneckBlock": Layout(
+        units=tuple((f"conv{i}", f"conv{i}.norm") for i in (1, 2, 3)),
+        activations=(None, None, None),
+        shortcut="shortcut",
+        idle=tuple(f"conv{i}.activation" for i in (1, 2, 3)),
+    ),
+    **{f"{module}.resnet.Bottleneck": _MM_BOTTLENECK for module in _MM_BACKBONES},
+    **{f"{module}.resnext.Bottleneck": _MM_BOTTLENECK for module in _MM_BACKBONES},
 }
 
-# Modules that are, or start with, conv+BN+ReLU.
-STEMS: dict[str, UnitLayout] = {
-    "fused_bottleneck.reference.ConvBNReLU": UnitLayout("conv", "bn", "relu"),
-    "torchvision.models.resnet.ResNet": UnitLayout("conv1", "bn1", "relu", has_rest=True),
-    "timm.models.resnet.ResNet": UnitLayout("conv1", "bn1", "act1", has_rest=True),
-    "transformers.models.resnet.modeling_resnet.ResNetConvLayer": UnitLayout(
-        "convolution", "normalization", "activation"
+_CONV1_BN1_RELU = ("conv1", "bn1", "relu")
+
+# Modules that are, or start with, conv+BN+ReLU; besides any nn.Sequential.
+STEMS: dict[str, ChainLayout] = {
+    "fused_bottleneck.reference.ConvBNReLU": ChainLayout(("conv", "bn", "relu")),
+    "torchvision.models.resnet.ResNet": ChainLayout(_CONV1_BN1_RELU, has_rest=True),
+    "torchvision.models._utils.IntermediateLayerGetter": ChainLayout(
+        _CONV1_BN1_RELU, has_rest=True, given_out="return_layers"
     ),
-    "torchvision.models.segmentation.deeplabv3.ASPPConv": UnitLayout(
-        "0", "1", "2", (Container("", "", ("0", "1", "2")),)
-    ),
+    "timm.models.resnet.ResNet": ChainLayout(("conv1", "bn1", "act1"), has_rest=True),
+    "monai.networks.nets.resnet.ResNet": ChainLayout(("conv1", "bn1", "act"), has_rest=True),
+    **{
+        f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}ConvLayer": ChainLayout(
+            ("convolution", "normalization", "activation")
+        )
+        for name in ("ResNet", "RegNet")
+    },
+    **{
+        f"{module}.resnet.ResNet": ChainLayout(_CONV1_BN1_RELU, has_rest=True)
+        for module in _MM_BACKBONES
+    },
 }
 
 # A shortcut with more convolutions than this is no block's.
@@ -72,7 +97,7 @@ class Finding(NamedTuple):
 
     name: str
     module: nn.Module
-    layout: Layout | UnitLayout | None
+    layout: Layout | ChainLayout | None
     reason: str | None
 
     @property
@@ -87,21 +112,36 @@ def survey(model: nn.Module) -> list[Finding]:
 
 
 def survey_stems(model: nn.Module) -> list[Finding]:
-    """The conv+BN+ReLU units of a model's known classes that are not inside its blocks."""
-    blocks = {id(m) for f in survey(model) for m in f.module.modules()}
+    """The chains with a conv+BN+ReLU that are not inside a model's blocks, each once."""
+    visited = {id(m) for f in survey(model) for m in f.module.modules()}
     found = []
     for name, module in model.named_modules():
-        kind = class_path(type(module))
-        if isinstance(module, FusedUnit):
-            reason = layout.unit_reason(module, module.plain_layout)
-            found.append(Finding(name, module, module.plain_layout, reason))
-        elif kind in STEMS and id(module) not in blocks:
-            where = STEMS[kind]
-            reason = layout.unit_reason(module, where)
-            if reason is None and "forward" in module.__dict__:
-                reason = _OWN_FORWARD
-            found.append(Finding(name, module, where if reason is None else None, reason))
+        where = _chain_layout(module)
+        if where is None or id(module) in visited:
+            continue
+        planned = chain.plan(module, where)
+        reason = planned if isinstance(planned, str) else None
+        if reason is None and "forward" in module.__dict__:
+            reason = _OWN_FORWARD
+        if reason is None:  # what the chain calls is not a chain by itself
+            visited |= {id(getattr(module, child)) for child in where.names}
+        declined = reason is not None and not isinstance(module, FusedChain)
+        found.append(Finding(name, module, None if declined else where, reason))
     return found
+
+
+def _chain_layout(module: nn.Module) -> ChainLayout | None:
+    """The layout of a module that has conv+BN+ReLU, or had; None for any other."""
+    if isinstance(module, FusedChain):
+        return module.plain_layout
+    where = STEMS.get(class_path(type(module)))
+    if where is None and chain.is_sequential(module):
+        where = ChainLayout()
+    if where is None:
+        return None
+    # A known ResNet without is worth a reason, unless its stem is elsewhere (OpenMMLab's deep one).
+    expected = where.has_rest and hasattr(module, where.names[0])
+    return where if expected or chain.has_units(module, where) else None
 
 
 def _survey(name: str, module: nn.Module, visited: set[int]) -> list[Finding]:
@@ -144,7 +184,9 @@ def _is_sharded(module: nn.Module) -> bool:
 
 def _may_be_block(module: nn.Module) -> bool:
     """Whether a proof is worth trying."""
-    if type(module).__module__.startswith("torch.") or isinstance(module, fx.GraphModule):
+    if type(module).__module__.startswith("torch.") or isinstance(
+        module, fx.GraphModule | FusedModule
+    ):
         return False
     convolutions = sum(isinstance(m, nn.Conv2d) for m in module.modules())
     return 3 <= convolutions <= _MOST_CONVOLUTIONS

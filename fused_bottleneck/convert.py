@@ -11,16 +11,17 @@ from torch import nn
 from . import adapters, checks
 from .block import FusedBlock
 from .bottleneck import FusedBottleneck
-from .conv_bn_relu import FusedConvBNReLU, FusedUnit
+from .chain import FusedChain
+from .conv_bn_relu import FusedConvBNReLU
 from .fused_module import FusedModule, composed_method
-from .layout import Layout, UnitLayout
+from .layout import ChainLayout, Layout
 from .reference import Bottleneck, ConvBNReLU
 
 Model = TypeVar("Model", bound=nn.Module)
 Filter = Callable[[str, nn.Module], bool]
 
 
-AnyLayout = Layout | UnitLayout
+AnyLayout = Layout | ChainLayout
 
 
 class Converted(FusedModule):
@@ -40,8 +41,8 @@ class ConvertedBlock(Converted, FusedBlock):
     """Base of the classes made of classes of bottleneck blocks."""
 
 
-class ConvertedUnit(Converted, FusedUnit):
-    """Base of the classes made of classes with a conv+BN+ReLU."""
+class ConvertedChain(Converted, FusedChain):
+    """Base of the classes made of classes that call conv, BN and ReLU in turn."""
 
 
 def restored(layout: AnyLayout, make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
@@ -74,7 +75,7 @@ def _made_class(plain: type[nn.Module], layout: AnyLayout) -> type[FusedModule]:
     argument = next(name for name in inspect.signature(plain.forward).parameters if name != "self")
     if argument != "x":
         members["forward"] = _forward_of(argument)
-    base = ConvertedBlock if isinstance(layout, Layout) else ConvertedUnit
+    base = ConvertedBlock if isinstance(layout, Layout) else ConvertedChain
     return type(f"Fused{plain.__name__}", (base, plain), members)
 
 
@@ -106,8 +107,8 @@ def fuse(
         filter_fn: called with the name and the module of each block that can be fused; those for
             which it is false are left.
         strict: raise unless there is something to fuse and nothing had to be declined.
-        stem: also fuse the convolution, normalisation and ReLU that a known ResNet starts with,
-            and those of DeepLab's head.
+        stem: also fuse convolution, normalisation and ReLU outside the blocks, where a known
+            ResNet starts with them, and in every nn.Sequential.
 
     Returns:
         The model.

@@ -1,7 +1,7 @@
 """What ``fuse`` would do to a model, as a table.
 
     python -m fused_bottleneck.explain torchvision.models.resnet50
-    python -m fused_bottleneck.explain timm.create_model resnet50d
+    python -m fused_bottleneck.explain --stem timm.create_model resnet50d
 
 The first argument is whatever returns a model, the others its arguments: ``value`` or
 ``name=value``, where a value is a Python literal or else text.
@@ -43,11 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("constructor", help="dotted name, like torchvision.models.resnet50")
     parser.add_argument("arguments", nargs="*", help="of the constructor")
+    parser.add_argument("--stem", action="store_true", help="list also what fuse(stem=True) takes")
     options = parser.parse_args(argv)
     named = dict(a.split("=", 1) for a in options.arguments if "=" in a)
     values = [_value(a) for a in options.arguments if "=" not in a]
     make = _constructor(options.constructor)
-    print(explain(make(*values, **{name: _value(text) for name, text in named.items()})))
+    model = make(*values, **{name: _value(text) for name, text in named.items()})
+    print(explain(model, stem=options.stem))
     return 0
 
 

@@ -13,8 +13,9 @@ from .modules import (
     class_path,
     conv_arguments,
     conv_bn_of,
-    is_fixed_affine,
+    conv_class,
     norm_class,
+    promotes,
 )
 
 
@@ -41,10 +42,13 @@ class Layout:
         activations: the three ReLUs; None for one that is a function.
         shortcut: the module called on x, a convolution with its normalisation, or None where the
             class has no place for one.
-        idle: children that must do nothing for the formula to hold: absent, None or nn.Identity.
+        idle: attributes that must be off for the formula to hold: absent, nn.Identity, or None,
+            False or empty.
         containers: the modules between the block and its parts; the block itself too where its
             class is not known, but its formula was proved with exactly these children.
         adds_in_place: whether the class writes ``out += residual``, which keeps out's dtype.
+        flags: the block's attributes that are true or false, as they were when its formula was
+            proved: the proof says nothing about other values.
     """
 
     units: tuple[tuple[str, str], ...] = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
@@ -53,21 +57,29 @@ class Layout:
     idle: tuple[str, ...] = ()
     containers: tuple[Container, ...] = ()
     adds_in_place: bool = True
+    flags: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclass(frozen=True)
-class UnitLayout:
-    """Where a class keeps ``relu(norm(conv(x)))``.
+class ChainLayout:
+    """Which children a class calls one after the other.
 
-    containers: as in ``Layout``. has_rest: whether the class goes on from there; its three parts
-    are then direct children, and used for nothing else.
+    Attributes:
+        names: those children, where a Sequential stands for its own; empty for all there are, as
+            nn.Sequential calls them.
+        has_rest: whether the class goes on from there. It then uses its input, and these
+            children, for nothing else.
+        given_out: the attribute that says which children's outputs the class also gives out.
     """
 
-    conv: str
-    norm: str
-    activation: str
-    containers: tuple[Container, ...] = ()
+    names: tuple[str, ...] = ()
     has_rest: bool = False
+    given_out: str = ""
+
+    @property
+    def is_unit(self) -> bool:
+        """Whether a convolution, a normalisation and a ReLU are all there is."""
+        return bool(self.names) and not self.has_rest
 
 
 class Parts(NamedTuple):
@@ -108,14 +120,26 @@ def read(block: nn.Module, layout: Layout) -> Parts:
 def reason(block: nn.Module, layout: Layout) -> str | None:
     """Why the block is not its layout's formula over plain children; None if it is."""
     for path in layout.idle:
-        module = attribute(block, path)
-        if module is not None and checks.child(path, module, nn.Identity) is not None:
-            return f"{path} is not empty, but {type(module).__name__}"
+        problem = _idle_reason(path, attribute(block, path))
+        if problem is not None:
+            return problem
     for container in layout.containers:
         problem = _container_reason(block, container)
         if problem is not None:
             return problem
+    for flag, value in layout.flags:
+        if getattr(block, flag, None) is not value:
+            return f"{flag} was {value} when its forward was read"
     return _parts_reason(block, layout)
+
+
+def _idle_reason(path: str, value: Any) -> str | None:
+    """Why the attribute is not off; None if it is."""
+    if not isinstance(value, nn.Module):
+        return f"{path} is set" if value else None
+    if checks.child(path, value, nn.Identity) is not None:
+        return f"{path} is not empty, but {type(value).__name__}"
+    return None
 
 
 def _container_reason(block: nn.Module, container: Container) -> str | None:
@@ -137,7 +161,7 @@ def _parts_reason(block: nn.Module, layout: Layout) -> str | None:
     if isinstance(layout.shortcut, tuple):
         units = (*units, layout.shortcut)
     for conv, norm in units:
-        problem = _pair_reason(block, conv, norm)
+        problem = pair_reason(conv, attribute(block, conv), norm, attribute(block, norm))
         if problem is not None:
             return problem
     for path in layout.activations:
@@ -148,31 +172,16 @@ def _parts_reason(block: nn.Module, layout: Layout) -> str | None:
     return None
 
 
-def _pair_reason(block: nn.Module, conv: str, norm: str) -> str | None:
-    module = attribute(block, norm)
-    problem = checks.child(conv, attribute(block, conv), nn.Conv2d)
-    return problem or checks.child(norm, module, norm_class(module))
-
-
-def read_unit(module: nn.Module, layout: UnitLayout) -> Parts:
-    """The parts of a module, of which ``unit_reason`` is None."""
-    return Parts([(attribute(module, layout.conv), attribute(module, layout.norm))], None)
-
-
-def unit_reason(module: nn.Module, layout: UnitLayout) -> str | None:
-    """Why the module has no plain conv+BN+ReLU where its layout says; None if it has."""
-    for container in layout.containers:
-        problem = _container_reason(module, container)
-        if problem is not None:
-            return problem
-    problem = _pair_reason(module, layout.conv, layout.norm)
-    return problem or checks.child(layout.activation, attribute(module, layout.activation), nn.ReLU)
+def pair_reason(conv: str, conv_module: Any, norm: str, norm_module: Any) -> str | None:
+    """Why the parameters of a convolution and a normalisation of those names do not say it all."""
+    problem = checks.child(conv, conv_module, conv_class(conv_module))
+    return problem or checks.child(norm, norm_module, norm_class(norm_module))
 
 
 def norm_promotion(parts: Parts, x: Tensor) -> str | None:
     """Why a normalisation's output is not of x's dtype, that of the convolutions; None if it is."""
     for _, norm in parts.pairs:
-        if is_fixed_affine(norm) and norm.weight.dtype != x.dtype:
+        if promotes(norm) and norm.weight.dtype != x.dtype:
             return f"a {type(norm).__name__} promotes {x.dtype} to {norm.weight.dtype}"
     return None
 
@@ -195,7 +204,9 @@ def composed_with(block: nn.Module, layout: Layout, x: Tensor, residual: Tensor)
     out = x
     steps = zip(layout.units, layout.activations, strict=True)
     for last, ((conv, norm), activation) in zip((False, False, True), steps, strict=True):
-        out = attribute(block, norm)(attribute(block, conv)(out))
+        out = attribute(block, conv)(out)
+        if not norm.startswith(f"{conv}."):  # which calls it itself
+            out = attribute(block, norm)(out)
         if last and layout.adds_in_place:
             out += residual
         elif last:

@@ -22,9 +22,15 @@ def conv_arguments(conv: nn.Conv2d) -> Conv:
     )
 
 
-# Fixed affine normalisations, and modules that are a convolution and a normalisation and no more.
 # By name: a library that the user has not imported must not be imported here.
-_FROZEN_NORMS = ("torchvision.ops.misc.FrozenBatchNorm2d",)
+# Fixed affine normalisations, and whether products with their own vectors promote what they get.
+_FROZEN_NORMS = {
+    "torchvision.ops.misc.FrozenBatchNorm2d": True,
+    "detectron2.layers.batch_norm.FrozenBatchNorm2d": False,
+}
+# Convolutions that call a normalisation and an activation of their own, where they have them.
+_CONV_WITH_NORM = "detectron2.layers.wrappers.Conv2d"
+# Modules that are a convolution and a normalisation and no more.
 _CONV_BN = {
     "transformers.models.resnet.modeling_resnet.ResNetShortCut": ("convolution", "normalization"),
     "transformers.models.regnet.modeling_regnet.RegNetShortCut": ("convolution", "normalization"),
@@ -43,11 +49,28 @@ def norm_class(module: nn.Module) -> type[nn.Module]:
     return kind if known else nn.BatchNorm2d
 
 
+def is_norm(module: object) -> bool:
+    """Whether the module is a batch normalisation of any class, or a fixed affine."""
+    return isinstance(module, _BatchNorm) or class_path(type(module)) in _FROZEN_NORMS
+
+
+def conv_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a convolution must have exactly."""
+    return type(module) if class_path(type(module)) == _CONV_WITH_NORM else nn.Conv2d
+
+
+def promotes(norm: nn.Module) -> bool:
+    """Whether the output has the dtype of the normalisation's vectors where that is wider."""
+    return _FROZEN_NORMS.get(class_path(type(norm)), False)
+
+
 def _conv_bn_children(module: nn.Module) -> list[nn.Module]:
     """The children that such a module calls in turn; none for a class that is not known."""
     if type(module) is nn.Sequential:
         # An empty place in a ResNet-D shortcut, where its stride is one.
         return [m for m in module if checks.child("", m, nn.Identity) is not None]
+    if class_path(type(module)) == _CONV_WITH_NORM:
+        return [module, module.norm] if module.activation is None else []
     names = _CONV_BN.get(class_path(type(module)), ())
     return [getattr(module, name) for name in names]
 
@@ -58,16 +81,11 @@ def conv_bn_of(module: nn.Module) -> tuple[nn.Conv2d, nn.Module] | None:
     if len(children) != 2 or checks.child("downsample", module, type(module)) is not None:
         return None
     conv, bn = children
-    if checks.child("conv", conv, nn.Conv2d) or checks.child("bn", bn, norm_class(bn)):
+    if checks.child("conv", conv, conv_class(conv)) or checks.child("bn", bn, norm_class(bn)):
         return None
     conv = cast("nn.Conv2d", conv)
     pointwise = (conv.kernel_size, conv.padding, conv.groups) == ((1, 1), (0, 0), 1)
     return (conv, bn) if pointwise else None
-
-
-def is_fixed_affine(norm: nn.Module) -> bool:
-    """Whether a normalisation is none of nn's, but a product and a sum with its own vectors."""
-    return not isinstance(norm, _BatchNorm)
 
 
 def _group(bn: _BatchNorm) -> str | None:
@@ -91,11 +109,10 @@ def batch_norm_arguments(bn: nn.Module) -> BatchNorm:
 
     bn: an nn.BatchNorm2d or nn.SyncBatchNorm, or a fixed affine with the same four tensors.
     """
-    if is_fixed_affine(bn):
+    if not isinstance(bn, _BatchNorm):
         fixed = cast("nn.BatchNorm2d", bn)  # in what matters here
         running = (fixed.running_mean, fixed.running_var)
         return BatchNorm(fixed.weight, fixed.bias, *running, False, 0.0, fixed.eps)
-    bn = cast("_BatchNorm", bn)
     batch = bn.training or (bn.running_mean is None and bn.running_var is None)
     keep = not batch or (bn.training and bn.track_running_stats)
     running = (bn.running_mean, bn.running_var) if keep else (None, None)

@@ -43,26 +43,32 @@ class Report(list[Row]):
 
     __repr__ = __str__
 
+    def ready(self) -> int:
+        """How many can be fused and are not yet."""
+        return sum(not row.fused and row.reason is None for row in self)
+
     def summary(self) -> str:
         """How many there are of each."""
-        fused = sum(row.fused for row in self)
-        ready = sum(not row.fused and row.reason is None for row in self)
+        fused, ready = sum(row.fused for row in self), self.ready()
         return f"{fused} fused, {ready} can be fused, {len(self) - fused - ready} declined"
 
 
-def explain(model: nn.Module) -> Report:
+def explain(model: nn.Module, *, stem: bool = False) -> Report:
     """The bottleneck blocks of a model, with the reason for each that is not fused.
 
-    A stem has a row where it is fused. Changes nothing. The rows print as a table:
-    ``print(explain(model))``. Whether an input or a device keeps a block from running fused is not
-    asked; ``block.why_not_fused(x)`` tells.
+    Changes nothing. The rows print as a table: ``print(explain(model))``. Whether an input or a
+    device keeps a block from running fused is not asked; ``block.why_not_fused(x)`` tells.
+
+    Args:
+        model: any module.
+        stem: list also what ``fuse(model, stem=True)`` looks at; what it fused is listed anyway.
 
     Raises:
         TypeError: model is not a module.
     """
     checks.raise_if(checks.module(model))
     rows = Report()
-    stems = [finding for finding in adapters.survey_stems(model) if finding.fused]
+    stems = [finding for finding in adapters.survey_stems(model) if stem or finding.fused]
     for finding in [*stems, *adapters.survey(model)]:
         module = finding.module
         kind = module.plain_class if isinstance(module, FusedModule) else type(module)

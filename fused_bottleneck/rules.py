@@ -37,6 +37,17 @@ def needs_double(independent: Tensor, var: Tensor) -> bool:
     return bool((independent > _MOST_CANCELLATION * var).any())
 
 
+def unit_pays(kernel: Sequence[int], groups: int) -> bool:
+    """Whether to fuse a conv+BN+ReLU that ``fuse(stem=True)`` comes across.
+
+    Training step on CPU, float32, two threads, time of eager over fused: 3x3 with stride 1 0.9 to
+    1.3 (1.2 and more from 128 channels on), a 7x7 stem 1.1, strided or dilated 0.9 to 1.2; but 1x1
+    0.7 to 1.0, grouped 0.7 to 1.2. The memory kept is much the same, as the next module keeps the
+    ReLU's output where this one does not.
+    """
+    return groups == 1 and max(kernel) > 1
+
+
 LEAST_READS_TO_WRITE = 2  # a large one has every operand computed on load, to measure that
 
 

@@ -120,6 +120,7 @@ class _Match:
             idle=tuple(sorted(self.idle)),
             containers=self._containers(units, activations, shortcut),
             adds_in_place=in_place,
+            flags=self._flags(),
         )
 
     def _output(self) -> fx.Node:
@@ -242,6 +243,11 @@ class _Match:
             children = tuple(n for n, child in module._modules.items() if child is not None)
             containers.append(Container(name, class_path(type(module)), children))
         return tuple(containers)
+
+    def _flags(self) -> tuple[tuple[str, bool], ...]:
+        """What the block's code may branch on; what begins with _ is somebody's bookkeeping."""
+        flags = [(name, value) for name, value in vars(self.block).items() if type(value) is bool]
+        return tuple(sorted(f for f in flags if f[0] != "training" and not f[0].startswith("_")))
 
     def _describe(self, node: fx.Node) -> str:
         child = self._child(node)

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_equal_float64, randomise, run
+from model_helpers import load
 from torch import Tensor, nn
 
 import fused_bottleneck as fb
@@ -342,6 +344,17 @@ def test_declined_by_its_instance(case: str) -> None:
     assert type(block) is kind
 
 
+class Flagged(Pasted):
+    """With a switch, which its graph does not show."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.doubled = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2 if self.doubled else super().forward(x)
+
+
 CHANGES_AFTERWARDS: dict[str, tuple[type[nn.Module], Callable[[nn.Module], object]]] = {
     "a shortcut where there was none": (
         Pasted,
@@ -357,6 +370,7 @@ CHANGES_AFTERWARDS: dict[str, tuple[type[nn.Module], Callable[[nn.Module], objec
     ),
     "an empty place filled": (Nested, change("branch.2.2", nn.Tanh)),
     "norm replaced": (Pasted, change("bn2", lambda: nn.InstanceNorm2d(4))),
+    "a flag set": (Flagged, lambda b: setattr(b, "doubled", True)),
 }
 
 
@@ -422,6 +436,28 @@ def test_model() -> None:
     assert_equal_float64(run(fused, x), run(plain, x), noise=zero)
     assert fb.unfuse(fused) is fused
     assert [type(m) for m in fused.modules()] == kinds
+
+
+def test_hooks_from_before_fuse_run() -> None:
+    """On the block, as on any module; they are no reason to decline it."""
+    block = block_of(Pasted)
+    block.register_forward_pre_hook(lambda m, args: (2 * args[0],))
+    block.register_forward_hook(lambda m, args, out: out + 1)
+    plain = copy.deepcopy(block)
+    assert fb.fuse(block, strict=True).why_not_fused(input_of(block)) is None
+    assert_same(block, plain)
+
+
+@pytest.mark.slow
+def test_no_library_is_imported() -> None:
+    """Whoever has an instance of a library's class has imported the library."""
+    code = """
+import sys, fused_bottleneck as fb
+fb.fuse(fb.Bottleneck(16, 4), stem=True, strict=True)
+names = {"torchvision", "timm", "transformers", "monai", "detectron2", "mmdet", "mmpretrain"}
+assert not names & {name.split(".")[0] for name in sys.modules}, names
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def test_explain_lists_each_block_once() -> None:
@@ -589,6 +625,22 @@ def test_command(
 ) -> None:
     command(monkeypatch, "fused_bottleneck.Bottleneck", *arguments)
     assert "0 fused, 1 can be fused, 0 declined" in capsys.readouterr().out
+
+
+def test_command_on_a_library(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load("torchvision")
+    command(monkeypatch, "torchvision.models.resnet50", "num_classes=2")
+    table = capsys.readouterr().out.splitlines()
+    assert table[1].split() == [
+        "layer1.0",
+        "torchvision.models.resnet.Bottleneck",
+        *["can", "be", "fused"],
+    ]
+    assert table[-1] == "0 fused, 16 can be fused, 0 declined"
+    command(monkeypatch, "--stem", "torchvision.models.resnet50")
+    assert "0 fused, 17 can be fused, 0 declined" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["nowhere.at_all", "torch.nn.nothing", "torch.pi", "?"])

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 import fused_bottleneck as fb
 from benchmarks.model_zoo import MODELS
 from fused_bottleneck import adapters, tracing
-from fused_bottleneck.conv_bn_relu import FusedUnit
+from fused_bottleneck.chain import FusedChain
 from fused_bottleneck.layout import Container, Layout
 
 
@@ -37,30 +38,38 @@ def model_of(name: str, **options: Any) -> nn.Module:
 
 
 TIMM = {"layers": [2, 1, 1, 1], "num_classes": 5}
-# Name, size of the images, options; fewer blocks where that shows as much.
-COMPARED: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "resnet50": ("torchvision.resnet50", 64, {"num_classes": 5}),
-    "timm resnet50d": ("timm.resnet50d", 48, TIMM),
+# Name, size of the images, options (fewer blocks where that shows as much), and how many stems and
+# other chains stem=True finds.
+COMPARED: dict[str, tuple[str, int, dict[str, Any], int]] = {
+    "resnet50": ("torchvision.resnet50", 64, {"num_classes": 5}, 1),
+    "timm resnet50d": ("timm.resnet50d", 48, TIMM, 1),
 }
-SLOW: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "regnet_x_400mf": ("torchvision.regnet_x_400mf", 64, {"num_classes": 5}),
-    "timm resnet50": ("timm.resnet50", 48, TIMM),
+SLOW: dict[str, tuple[str, int, dict[str, Any], int]] = {
+    "regnet_x_400mf": ("torchvision.regnet_x_400mf", 64, {"num_classes": 5}, 1),
+    "timm resnet50": ("timm.resnet50", 48, TIMM, 1),
     "transformers": (
         "transformers.ResNetForImageClassification",
         48,
         {"depths": [2, 1, 1, 1], "num_labels": 5},
+        1,
     ),
     "monai": (
         "monai.resnet50(spatial_dims=2, n_input_channels=3)",
         48,
         {"num_classes": 5, "conv1_t_stride": 2},
+        1,
     ),
-    "resnet101": ("torchvision.resnet101", 33, {"num_classes": 5}),
-    "resnext50_32x4d": ("torchvision.resnext50_32x4d", 48, {"num_classes": 5}),
-    "wide_resnet50_2": ("torchvision.wide_resnet50_2", 33, {"num_classes": 5}),
-    "fcn_resnet50": ("torchvision.segmentation.fcn_resnet50", 33, {"num_classes": 5}),
-    "deeplabv3_resnet50": ("torchvision.segmentation.deeplabv3_resnet50", 33, {"num_classes": 5}),
-    "smp Unet": ("segmentation_models_pytorch.Unet('resnet50')", 64, {}),
+    "resnet101": ("torchvision.resnet101", 33, {"num_classes": 5}, 1),
+    "resnext50_32x4d": ("torchvision.resnext50_32x4d", 48, {"num_classes": 5}, 1),
+    "wide_resnet50_2": ("torchvision.wide_resnet50_2", 33, {"num_classes": 5}, 1),
+    "fcn_resnet50": ("torchvision.segmentation.fcn_resnet50", 33, {"num_classes": 5}, 2),
+    "deeplabv3_resnet50": (
+        "torchvision.segmentation.deeplabv3_resnet50",
+        33,
+        {"num_classes": 5},
+        5,
+    ),
+    "smp Unet": ("segmentation_models_pytorch.Unet('resnet50')", 64, {}, 10),
 }
 CASES = [
     *(pytest.param(*case, id=name) for name, case in COMPARED.items()),
@@ -68,18 +77,24 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "size", "options"), CASES)
-def test_training_step(name: str, size: int, options: dict[str, Any]) -> None:
-    """Output, every gradient and all running statistics, in float64."""
+def stems_of(model: nn.Module) -> list[FusedChain]:
+    return [module for module in model.modules() if isinstance(module, FusedChain)]
+
+
+@pytest.mark.parametrize(("name", "size", "options", "stems"), CASES)
+def test_training_step(name: str, size: int, options: dict[str, Any], stems: int) -> None:
+    """Output, every gradient and all running statistics, in float64; then with stem=True."""
     model = model_of(name, **options)
     x = images(2, size)
     want = step(model, x)
-    # The second step of one model is the first of another, but for its statistics.
-    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        norm.reset_running_stats()
-    fb.fuse(model, strict=True)
-    assert set(reasons(model.eval(), x)) == {None}
-    assert_close(step(model.train(), x), want, FLOAT64)
+    for stem in (False, True):
+        # One model takes all steps, but for the statistics.
+        for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.reset_running_stats()
+        fb.fuse(model, strict=True, stem=stem)
+        assert len(stems_of(model)) == (stems if stem else 0)
+        assert set(reasons(model.eval(), x)) == {None}
+        assert_close(step(model.train(), x), want, FLOAT64)
 
 
 @pytest.mark.parametrize("name", ["torchvision.resnet50", "timm.resnet50d"])
@@ -164,6 +179,27 @@ def test_declined(name: str, declined: int, word: str) -> None:
     assert [type(m) for m in model.modules()] == kinds
 
 
+LOOK_ALIKES = {
+    "timm.skresnext50_32x4d": "neither addend is three convolutions",
+    "timm.res2net50_26w_4s": "neither addend is three convolutions",
+    "timm.resnest50d": "the input of convolution 3",
+    "timm.resnetv2_50": "its output comes from add, not from a ReLU",
+    "timm.cspresnet50": "LeakyReLU",
+    "timm.resnet50_gn": "GroupNorm",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOOK_ALIKES)
+def test_look_alikes_are_declined(name: str) -> None:
+    """Every one of their blocks, with the reason."""
+    load(MODELS[name].package)
+    with torch.device("meta"):
+        rows = fb.explain(MODELS[name].make())
+    assert len(rows) >= 13
+    assert all(LOOK_ALIKES[name] in str(row.reason) for row in rows)
+
+
 def test_stochastic_depth_is_declined_per_block() -> None:
     """timm gives the first block a rate of zero, which is no DropPath at all."""
     load("timm")
@@ -231,29 +267,54 @@ def test_hooks_inside_a_layer_of_transformers() -> None:
 
 # Stems.
 
-STEMS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "timm": ("timm.resnet50", TIMM, 1),
-    "transformers": (
-        "transformers.ResNetForImageClassification",
-        {"depths": [1, 1, 1, 1], "num_labels": 5},
-        1,
+SEQUENTIALS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "FCNHead": ("torchvision", "models.segmentation.fcn.FCNHead", {"in_channels": 16}),
+    "Conv2dNormActivation": ("torchvision", "ops.misc.Conv2dNormActivation", {"in_channels": 16}),
+    "Conv2dReLU": (
+        "segmentation_models_pytorch",
+        "base.modules.Conv2dReLU",
+        {"in_channels": 16, "kernel_size": 3, "padding": 1},
     ),
-    "deeplab": ("torchvision.segmentation.deeplabv3_resnet50", {"num_classes": 5}, 3),
 }
 
 
-def stems_of(model: nn.Module) -> list[FusedUnit]:
-    return [module for module in model.modules() if isinstance(module, FusedUnit)]
+@pytest.mark.parametrize("case", SEQUENTIALS)
+def test_sequentials_of_libraries(case: str) -> None:
+    """What heads and decoders are made of."""
+    package, path, options = SEQUENTIALS[case]
+    name = "channels" if case == "FCNHead" else "out_channels"
+    plain = attrgetter(path)(load(package))(**options, **{name: 8}).double()
+    (fused,) = stems_of(fb.fuse(copy.deepcopy(plain), stem=True, strict=True))
+    x = images(1, 32).view(3, 16, 8, 8)
+    assert fused.why_not_fused(x) is None
+    assert_close(step(fused, x), step(plain, x), FLOAT64)
+
+
+def test_stem_of_a_backbone() -> None:
+    """Of detection and segmentation: unless outputs are asked for that are never made."""
+    getter = load("torchvision").models._utils.IntermediateLayerGetter
+    plain = getter(small_resnet(), {"relu": "low", "layer2": "high"})
+    fused = fb.fuse(copy.deepcopy(plain), stem=True, strict=True)
+    assert stems_of(fused) == [fused]
+    for mode in (True, False):
+        want, got = (model.train(mode)(images()) for model in (plain, fused))
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    fused.return_layers = {"bn1": "low"}
+    assert fused.why_not_fused(images()) == "the output of bn1 is given out"
+    plain.return_layers = fused.return_layers
+    torch.testing.assert_close(fused(images()), plain(images()), rtol=1e-10, atol=1e-10)
+    (row, *_) = fb.explain(plain, stem=True)
+    assert "bn1 is given out" in str(row.reason)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", STEMS)
-def test_stem(case: str) -> None:
-    name, options, count = STEMS[case]
-    plain = model_of(name, **options)
-    fused = fb.fuse(copy.deepcopy(plain), stem=True, strict=True)
-    assert len(stems_of(fused)) == count
-    assert_close(step(fused, images(2, 40)), step(plain, images(2, 40)), FLOAT64)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_script_of_a_backbone() -> None:
+    """Its forward returns a dict."""
+    getter = load("torchvision").models._utils.IntermediateLayerGetter
+    plain = getter(small_resnet(), {"layer2": "high"}).eval()
+    script = torch.jit.script(fb.fuse(copy.deepcopy(plain), stem=True, strict=True))
+    torch.testing.assert_close(script(images()), plain(images()), rtol=1e-10, atol=1e-10)
 
 
 def test_stem_of_torchvision() -> None:
@@ -290,12 +351,18 @@ def test_stem_reads_the_model_at_every_call() -> None:
     assert seen == [1]
 
 
-def test_deep_stem_is_declined() -> None:
-    model = model_of("timm.resnet50d", **TIMM)
-    with pytest.raises(ValueError, match="conv1 is a Sequential"):
-        fb.fuse(model, stem=True, strict=True)
-    assert not blocks_of(model)
-    assert len(blocks_of(fb.fuse(model, stem=True))) == 5
+def test_deep_stem() -> None:
+    """The Sequential that is conv1 is part of the chain that the model starts with."""
+    fused = fb.fuse(model_of("timm.resnet50d", **TIMM), stem=True, strict=True)
+    assert stems_of(fused) == [fused]
+    x = images(2, 33)
+    assert fused.why_not_fused(x) is None
+    want = step(copy.deepcopy(fused), x)
+    seen: list[int] = []
+    fused.conv1.register_forward_hook(lambda *a: seen.append(1))
+    assert "conv1 (Sequential)" in str(fused.why_not_fused(x))
+    assert_close(step(fused, x), want, FLOAT64)
+    assert seen == [1]
 
 
 # Training.
@@ -306,6 +373,7 @@ def losses(model: nn.Module, x: Tensor, steps: int = 20) -> Tensor:
     target = torch.arange(len(x)) % 7
     optimiser = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, weight_decay=1e-4)
     found = []
+    torch.manual_seed(0)  # for dropout
     for _ in range(steps):
         optimiser.zero_grad()
         loss = F.cross_entropy(model(x), target)
@@ -315,15 +383,67 @@ def losses(model: nn.Module, x: Tensor, steps: int = 20) -> Tensor:
     return torch.tensor(found, dtype=torch.float64)
 
 
+def small_timm() -> nn.Module:
+    """timm's ResNet-50-D, an eighth as wide: a deep stem, and shortcuts that pool."""
+    options = {"stem_type": "deep", "stem_width": 4, "avg_down": True, "num_classes": 7}
+    return model_of("timm.resnet50", layers=[2, 1, 1, 1], channels=(8, 16, 32, 64), **options)
+
+
+def small_transformers() -> nn.Module:
+    sizes = {"embedding_size": 16, "hidden_sizes": [32, 64, 128, 256], "depths": [2, 1, 1, 1]}
+    model = model_of("transformers.ResNetForImageClassification", num_labels=7, **sizes)
+    return Logits(model)
+
+
+def small_segmentation() -> nn.Module:
+    """torchvision's FCN with dilated blocks, behind a narrow backbone."""
+    models = load("torchvision").models
+    backbone = small_resnet()
+    for name, dilation in (("layer3", 2), ("layer4", 4)):
+        block = getattr(backbone, name)[0]
+        block.conv2.stride = block.downsample[0].stride = (1, 1)
+        block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+    torch.manual_seed(0)
+    head = models.segmentation.fcn.FCNHead(256, 7)
+    features = models._utils.IntermediateLayerGetter(backbone, {"layer4": "out"})
+    return Pooled(models.segmentation.FCN(features, head)).double()
+
+
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return first_tensor(self.model(x))
+
+
+class Pooled(Logits):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mean((2, 3))
+
+
+# With the size of the images: a head on few pixels multiplies the roundings of float32.
+TRAINED = {
+    "torchvision": (small_resnet, 33),
+    "timm": (small_timm, 33),
+    "transformers": (small_transformers, 33),
+    "fcn": (small_segmentation, 41),
+}
+
+
 @pytest.mark.slow
-def test_loss_curve() -> None:
+@pytest.mark.parametrize("library", TRAINED)
+def test_loss_curve(library: str) -> None:
     """20 steps in float64 are equal; in float32 the curve is the same, as eager's is."""
-    x = images(6, 33)
-    want = losses(small_resnet(), x)
-    assert want[-1] < 0.6 * want[0]
-    fused = losses(fb.fuse(small_resnet(), strict=True), x)
-    torch.testing.assert_close(fused, want, rtol=1e-9, atol=0)
-    for model in (small_resnet(), fb.fuse(small_resnet())):
+    make, size = TRAINED[library]
+    plain, x = make(), images(6, size)
+    want = losses(copy.deepcopy(plain), x)
+    assert want[-1] < 0.9 * want[0]
+    fused = fb.fuse(copy.deepcopy(plain), strict=True, stem=True)
+    got = losses(copy.deepcopy(fused), x)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
+    for model in (plain, fused):
         got = losses(model.float(), x.float())
         assert float((got - want).abs().max()) <= LOSS_CURVE * float(want[0])
 

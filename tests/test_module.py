@@ -51,6 +51,20 @@ def test_children_are_of_nn() -> None:
     assert fused.expansion == FusedBottleneck.expansion == 4
 
 
+def test_device_and_dtype_of_the_parameters() -> None:
+    fused = FusedBottleneck(16, 4, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in fused.parameters()} == {("meta", torch.bfloat16)}
+    assert {b.device.type for b in fused.buffers()} == {"meta"}
+
+
+def test_use_adds_nothing_to_the_state() -> None:
+    reference, fused = DOWNSAMPLE.pair()
+    run(fused, DOWNSAMPLE.input())
+    assert list(fused.state_dict()) == list(reference.state_dict())
+    assert [n for n, _ in fused.named_buffers()] == [n for n, _ in reference.named_buffers()]
+    assert vars(fused).keys() == vars(reference).keys()
+
+
 def saved_and_loaded(block: nn.Module) -> nn.Module:
     file = io.BytesIO()
     torch.save(block, file)
