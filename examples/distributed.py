@@ -24,10 +24,8 @@ def process_group(device: str) -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(launch.local_rank())
     dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # not after an error: it would wait for processes that are gone
 
 
 def data_parallel(model: nn.Module) -> nn.Module:

@@ -15,7 +15,10 @@ import reporting
 import saving
 import torch
 from config import Config, RunOptions, Stop
+from torch import nn
 from training import Training
+
+import fused_bottleneck
 
 
 def run(config: Config, options: RunOptions) -> int:
@@ -29,6 +32,8 @@ def run(config: Config, options: RunOptions) -> int:
         trainings = _trainings(config)
         saving.start(trainings, options)
         loop.train(trainings, dataset, options)
+        for training in trainings:
+            training.leave_group()
     if not launch.is_main():
         return 0
     done, total = trainings[0].steps, trainings[0].total_steps
@@ -106,17 +111,23 @@ def _results(trainings: list[Training], image_size: int) -> dict[str, reporting.
     measures = not config.is_folder and not launch.launched()
     if measures:
         print("measuring memory in a fresh process each ...", file=sys.stderr)
-    return {
-        training.variant: reporting.Result(
+    results = {}
+    for training in trainings:
+        measured = footprint.measure(config, training.variant, image_size) if measures else None
+        results[training.variant] = reporting.Result(
             losses=training.losses,
             accuracy=training.accuracy,
             ema_accuracy=training.ema_accuracy,
             best_accuracy=training.best_accuracy,
             images_per_second=training.images_per_second,
-            footprint=footprint.measure(config, training.variant, image_size) if measures else None,
+            footprint=measured,
+            composed=_declined(training.model) if measured is None else measured.composed,
         )
-        for training in trainings
-    }
+    return results
+
+
+def _declined(model: nn.Module) -> dict[str, str]:
+    return {row.name: row.reason for row in fused_bottleneck.explain(model) if row.reason}
 
 
 def _report(

@@ -30,6 +30,7 @@ class Result:
             weights, if they were averaged.
         best_accuracy: that of the best epoch, with the averaged weights if there are any.
         footprint: None where it was not measured.
+        composed: name of each block that did not run fused -> the reason.
     """
 
     losses: list[float]
@@ -38,6 +39,7 @@ class Result:
     best_accuracy: float
     images_per_second: float
     footprint: Footprint | None
+    composed: dict[str, str]
 
     @property
     def peak_bytes(self) -> int | None:
@@ -46,11 +48,6 @@ class Result:
     @property
     def saved_bytes(self) -> int | None:
         return None if self.footprint is None else self.footprint.saved_bytes
-
-    @property
-    def composed(self) -> dict[str, str]:
-        """Blocks that did not run fused, and why, as far as the footprint tells."""
-        return {} if self.footprint is None else self.footprint.composed
 
     @property
     def outcome(self) -> Outcome:
@@ -124,11 +121,12 @@ def plot(path: Path, config: Config, results: dict[str, Result]) -> None:
     else:
         curves.set_xlabel("step")
     every = list(results.values())
-    bars = [
-        ("images per second", [result.images_per_second for result in every]),
-        ("peak memory\nof a step (MiB)", [_mib(r.peak_bytes) for r in every]),
-        ("saved for\nbackward (MiB)", [_mib(r.saved_bytes) for r in every]),
-    ]
+    bars = [("images per second", [result.images_per_second for result in every])]
+    if _has_footprints(results):
+        bars += [
+            ("peak memory\nof a step (MiB)", [_mib(r.peak_bytes) for r in every]),
+            ("saved for\nbackward (MiB)", [_mib(r.saved_bytes) for r in every]),
+        ]
     for column, (title, values) in enumerate(bars, start=1):
         _plot_bars(figure.add_subplot(grid[:, column]), title, list(results), values)
     figure.suptitle(_title(config), fontsize=11)
@@ -138,26 +136,31 @@ def plot(path: Path, config: Config, results: dict[str, Result]) -> None:
 
 def _figures(results: dict[str, Result]) -> list[tuple[str, str, list[float | None]]]:
     every = list(results.values())
-    averaged = [None if r.ema_accuracy is None else 100 * r.ema_accuracy for r in every]
-    return [
+    rows: list[tuple[str, str, list[float | None]]] = [
         ("final loss", "{:.4f}", [final_loss(result.losses) for result in every]),
         ("test accuracy (%)", "{:.2f}", [100 * result.accuracy for result in every]),
-        *([("averaged (%)", "{:.2f}", averaged)] if averaged[0] is not None else []),
-        ("images/s", "{:.1f}", [result.images_per_second for result in every]),
-        ("peak memory of a step (MiB)", "{:.1f}", [_mib(r.peak_bytes) for r in every]),
-        ("saved for backward (MiB)", "{:.1f}", [_mib(r.saved_bytes) for r in every]),
     ]
+    averaged = [100 * r.ema_accuracy for r in every if r.ema_accuracy is not None]
+    if averaged:
+        rows.append(("averaged (%)", "{:.2f}", [*averaged]))
+    rows.append(("images/s", "{:.1f}", [result.images_per_second for result in every]))
+    if _has_footprints(results):
+        rows += [
+            ("peak memory of a step (MiB)", "{:.1f}", [_mib(r.peak_bytes) for r in every]),
+            ("saved for backward (MiB)", "{:.1f}", [_mib(r.saved_bytes) for r in every]),
+        ]
+    return rows
+
+
+def _has_footprints(results: dict[str, Result]) -> bool:
+    return any(result.footprint is not None for result in results.values())
 
 
 def _ratio(label: str, values: list[float | None]) -> list[str]:
     if len(values) != 2:
         return []
     reference, fused = values
-    if (
-        label in ("final loss", "test accuracy (%)", "averaged (%)")
-        or not reference
-        or fused is None
-    ):
+    if label == "final loss" or label.endswith("(%)") or not reference or fused is None:
         return [""]
     return [f"x {fused / reference:.2f}"]
 

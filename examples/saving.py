@@ -66,8 +66,8 @@ def _restore(trainings: Sequence[Training], state: dict[str, Any]) -> None:
         _set_random_state(state["random"][launch.rank()])
     elif launch.is_main():
         print(
-            f"note: continuing with {now} processes what {before} began: the same batches, but "
-            "not bit for bit the same result",
+            f"note: processes: {before} before, {now} now; the batches are the same, but rounding and "
+            "the statistics of a process's share of them are not",
             file=sys.stderr,
         )
 

@@ -92,6 +92,14 @@ class Training:
         self.steps += 1
         return loss.detach()
 
+    def leave_group(self) -> None:
+        """Let go of the other processes, before the process group is destroyed.
+
+        If DistributedDataParallel is the last to hold a gloo group, it waits for the group's
+        threads with the GIL, for which they may wait themselves (torch 2.13).
+        """
+        self._parallel = self.model
+
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean cross entropy of a batch, computed from logits in the parameters' dtype."""
         logits = self._logits(self._parallel, images)
