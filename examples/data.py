@@ -101,7 +101,7 @@ def evaluation_batches(images: Images, config: Config, workers: int = 0) -> Iter
     """What this process tests with, on its device: each image in one process once."""
     indices = distributed.share(torch.arange(len(images)))
     batches = indices.split(4 * config.batch_size)
-    return _batches(images, [(0, batch) for batch in batches], config, workers)
+    return _batches(images, [(0, batch) for batch in batches if len(batch)], config, workers)
 
 
 def batch_indices(count: int, batch_size: int, seed: int, step: int) -> Tensor:

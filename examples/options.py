@@ -1,12 +1,12 @@
 """The command line."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import launch
+import option_types
 from config import (
     DEFAULT_EPOCHS,
     DTYPES,
@@ -39,7 +39,7 @@ what training steps need above weights and optimiser state, each variant in its 
 examples:
   train.py                                    both trainings on MNIST, about 2 minutes on 2 cores
   train.py --data digits --width 16           a quick look
-  train.py --layout channels_last             against the plain blocks at their fastest
+  train.py --layout contiguous                in the layout that torch has by itself
   train.py --blocks fused --stop-after 50     pause with a checkpoint ...
   train.py --blocks fused --resume            ... and go on
   train.py --device cuda --batch-size 256 --width 128 --blocks-per-stage 3 4
@@ -150,7 +150,7 @@ def _run_options(options: argparse.Namespace, config: Config) -> RunOptions:
 def _add_task_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--data",
-        type=_data,
+        type=option_types.data,
         default="mnist",
         metavar="NAME|DIR",
         help="mnist: 5000 images of 28x28; digits: 1797 of 8x8; or a directory of image files, "
@@ -158,7 +158,7 @@ def _add_task_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--image-size",
-        type=_positive_int,
+        type=option_types.positive_int,
         default=Config.image_size,
         metavar="N",
         help="height and width to which image files are cropped (default: %(default)s)",
@@ -178,7 +178,7 @@ def _add_task_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--width",
-        type=_positive_int,
+        type=option_types.positive_int,
         default=Config.width,
         metavar="N",
         help="of the small ResNet: bottleneck width of the first stage; each further stage doubles "
@@ -186,7 +186,7 @@ def _add_task_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--blocks-per-stage",
-        type=_positive_int,
+        type=option_types.positive_int,
         nargs="+",
         default=Config.blocks_per_stage,
         metavar="N",
@@ -199,21 +199,21 @@ def _add_task_options(group: argparse._ArgumentGroup) -> None:
 def _add_recipe_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--epochs",
-        type=_positive_int,
+        type=option_types.positive_int,
         metavar="N",
         help=f"passes over the training images (default: {_listed(DEFAULT_EPOCHS)}, "
         f"{FOLDER_EPOCHS} for a directory)",
     )
     group.add_argument(
         "--batch-size",
-        type=_batch_size,
+        type=option_types.batch_size,
         default=Config.batch_size,
         metavar="N",
         help="images per step, of all processes together (default: %(default)s)",
     )
     group.add_argument(
         "--lr",
-        type=_positive_float,
+        type=option_types.positive_float,
         default=Config.lr,
         metavar="X",
         help="peak learning rate of SGD with momentum; a cosine takes it to zero "
@@ -221,40 +221,40 @@ def _add_recipe_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--warmup-epochs",
-        type=_non_negative_float,
+        type=option_types.non_negative_float,
         metavar="X",
         help="linear warm-up to the peak, in epochs, 0.5 for example (default: a tenth of all)",
     )
     group.add_argument(
         "--weight-decay",
-        type=_non_negative_float,
+        type=option_types.non_negative_float,
         default=Config.weight_decay,
         metavar="X",
         help="of all parameters (default: %(default)s)",
     )
     group.add_argument(
         "--label-smoothing",
-        type=_fraction,
+        type=option_types.fraction,
         default=Config.label_smoothing,
         metavar="X",
         help="share of the target spread evenly over the classes (default: %(default)s)",
     )
     group.add_argument(
         "--clip-norm",
-        type=_positive_float,
+        type=option_types.positive_float,
         metavar="X",
         help="scale gradients down to this norm of all together (default: they stay)",
     )
     group.add_argument(
         "--ema-decay",
-        type=_fraction,
+        type=option_types.fraction,
         metavar="X",
         help="keep an exponential moving average of weights and statistics, 0.9999 for example, "
         "and test it too (default: none)",
     )
     group.add_argument(
         "--seed",
-        type=_seed,
+        type=option_types.non_negative_int,
         default=Config.seed,
         metavar="N",
         help="of the initial weights, the order of the images, their crops and flips "
@@ -290,7 +290,7 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--workers",
-        type=_non_negative_int,
+        type=option_types.non_negative_int,
         default=0,
         metavar="N",
         help="processes that load images, for each that trains; the images do not depend on it "
@@ -320,20 +320,20 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--stop-after",
-        type=_positive_int,
+        type=option_types.positive_int,
         metavar="N",
         help="stop with a checkpoint after N steps, to be continued with --resume",
     )
     group.add_argument(
         "--checkpoint-every",
-        type=_positive_int,
+        type=option_types.positive_int,
         metavar="N",
         help="steps from checkpoint to checkpoint; every epoch ends with one, too "
         f"(default: {CHECKPOINT_EVERY}, {FOLDER_CHECKPOINT_EVERY} for a directory of images)",
     )
     group.add_argument(
         "--keep-checkpoints",
-        type=_positive_int,
+        type=option_types.positive_int,
         default=2,
         metavar="N",
         help="checkpoints to keep: checkpoint.pt, checkpoint.pt.1 before it, ... "
@@ -344,69 +344,6 @@ def _add_run_options(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="write curves to DIR/tensorboard",
     )
-
-
-def _data(text: str) -> str:
-    parts = [Path(text) / part for part in ("train", "val")]
-    if text not in DEFAULT_EPOCHS and not all(part.is_dir() for part in parts):
-        raise argparse.ArgumentTypeError(
-            f"{', '.join(DEFAULT_EPOCHS)} or a directory with train/ and val/, not {text!r}"
-        )
-    return text
-
-
-def _non_negative_int(text: str) -> int:
-    return _int_from(0, text)
-
-
-def _positive_int(text: str) -> int:
-    return _int_from(1, text)
-
-
-def _batch_size(text: str) -> int:
-    return _int_from(2, text)  # batch statistics need more than one value per channel
-
-
-def _seed(text: str) -> int:
-    return _int_from(0, text)
-
-
-def _int_from(least: int, text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"an integer of at least {least}, not {text!r}")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    value = _float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"a positive number, not {text!r}")
-    return value
-
-
-def _non_negative_float(text: str) -> float:
-    value = _float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"a number of at least 0, not {text!r}")
-    return value
-
-
-def _fraction(text: str) -> float:
-    value = _float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"a number from 0 to below 1, not {text!r}")
-    return value
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 def _listed(numbers: dict[str, int]) -> str:

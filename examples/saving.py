@@ -66,8 +66,8 @@ def _restore(trainings: Sequence[Training], state: dict[str, Any]) -> None:
         _set_random_state(state["random"][launch.rank()])
     elif launch.is_main():
         print(
-            f"note: processes: {before} before, {now} now; the batches are the same, but rounding and "
-            "the statistics of a process's share of them are not",
+            f"note: processes: {before} before, {now} now; the batches are the same, but not the "
+            "rounding, nor the statistics of each process's share",
             file=sys.stderr,
         )
 
@@ -83,16 +83,14 @@ def _check_config(config: Config, saved: dict[str, Any]) -> None:
             )
 
 
-def _random_state() -> dict[str, Tensor | None]:
-    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if cuda else None,
-    }
+def _random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
-def _set_random_state(state: dict[str, Tensor | None]) -> None:
-    if state["cpu"] is not None:
-        torch.set_rng_state(state["cpu"])
-    if state["cuda"] is not None:
+def _set_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

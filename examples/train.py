@@ -6,6 +6,7 @@ The program is in the modules beside this one; options.py has its command line.
 import sys
 from collections.abc import Sequence
 
+import launch
 import options
 from config import Stop
 
@@ -23,9 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stop as stop:
         parser.fail(str(stop), stop.exit_code, everywhere=stop.everywhere)
     except KeyboardInterrupt:
-        parser.exit(
-            130, f"\n{parser.prog}: interrupted; --resume goes on from the last checkpoint\n"
-        )
+        message = f"\n{parser.prog}: interrupted; --resume goes on from the last checkpoint\n"
+        parser.exit(130, message if launch.is_main() else None)
 
 
 if __name__ == "__main__":
