@@ -171,6 +171,7 @@ def test_scale_of_float16_is_saved(tmp_path: Path) -> None:
 def test_random_numbers_continue(tmp_path: Path) -> None:
     """No network here draws any in training; one with dropout would."""
     trained = training()
+    torch.rand(3)
     saving.save([trained], run_options(tmp_path), tested=False)
     want = torch.rand(5)
     resumed = training()
@@ -362,6 +363,17 @@ def test_crops_depend_on_epoch_and_image_alone(folder: Path) -> None:
     assert first[1].tolist() == again[1].flip(0).tolist() == later[1].tolist()
     assert not torch.equal(first[0], later[0])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_epoch_asks_for_other_crops(folder: Path) -> None:
+    dataset = folder_images(folder)
+    config = data.describe(replace(CONFIG, batch_size=8), dataset)
+    images = [x for x, _ in data.training_batches(dataset.train, config, range(6))]
+    for epoch in range(2):
+        for step in range(3):
+            indices = data.batch_indices(24, 8, CONFIG.seed, 3 * epoch + step)
+            want, _ = dataset.train[epoch, indices]
+            torch.testing.assert_close(images[3 * epoch + step], want.double(), rtol=0, atol=0)
 
 
 def test_test_images_are_not_augmented(folder: Path) -> None:
