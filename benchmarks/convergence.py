@@ -25,7 +25,7 @@ sys.path.insert(0, str(records.ROOT / "examples"))
 import data
 import parity
 from config import DTYPES, VARIANTS, Config
-from training import Training, to_device, train_in_lockstep
+from training import Training, train_in_lockstep
 
 EPOCHS = {"digits": 3, "mnist": 2}
 TRAINED_IN = ("float32", "bfloat16")
@@ -79,12 +79,14 @@ def _config(trial: Trial, args: argparse.Namespace) -> Config:
 
 def train(trial: Trial, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One record per variant; raises Refused where their first losses part."""
-    config = _config(trial, args)
-    dataset = to_device(data.load(config.data), config)
-    steps = config.epochs * (len(dataset.train_images) // config.batch_size)
+    dataset = data.load(trial.data)
+    config = data.describe(_config(trial, args), dataset)
+    steps = config.total_steps
     trainings = [Training(config, variant, steps) for variant in VARIANTS]
-    for _ in train_in_lockstep(trainings, dataset, steps, lambda training: None):
-        pass
+    batches = data.training_batches(dataset.train, config, range(steps))
+    train_in_lockstep(trainings, batches, steps, lambda training: None)
+    for training in trainings:
+        training.test(data.evaluation_batches(dataset.test, config))
     reference, fused = (training.losses for training in trainings)
     for step, bound in enumerate(parity.BOUNDS[trial.dtype].early):
         gap = abs(reference[step] - fused[step])
@@ -94,7 +96,7 @@ def train(trial: Trial, args: argparse.Namespace) -> list[dict[str, Any]]:
         {
             **trial._asdict(),
             "variant": training.variant,
-            "accuracy": training.accuracy(dataset.test_images, dataset.test_labels),
+            "accuracy": training.accuracy,
             "final_loss": parity.final_loss(training.losses),
             "steps": steps,
         }

@@ -42,7 +42,7 @@ class Footprint(NamedTuple):
 
 
 def measure(config: Config, variant: str, image_size: int) -> Footprint:
-    """Footprint of ``variant`` for batches ``[batch_size, 1, image_size, image_size]``."""
+    """Footprint of ``variant`` for batches ``[batch_size, channels, image_size, image_size]``."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(_measure, config, variant, image_size).result()
@@ -71,8 +71,9 @@ def _measure(config: Config, variant: str, image_size: int) -> Footprint:
 
 def _random_batch(config: Config, image_size: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(config.seed)
-    images = torch.randn(config.batch_size, 1, image_size, image_size, generator=generator)
-    labels = torch.randint(10, (config.batch_size,), generator=generator)
+    shape = (config.batch_size, config.channels, image_size, image_size)
+    images = torch.randn(shape, generator=generator)
+    labels = torch.randint(config.classes, (config.batch_size,), generator=generator)
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
     images = images.to(config.device, dtype, memory_format=memory_format(config))
     return images, labels.to(config.device)

@@ -1,10 +1,11 @@
-"""The network of the demo: a small ResNet of bottleneck blocks, in plain and in fused blocks."""
+"""The networks: a small ResNet or one of torchvision's, of plain or of fused bottleneck blocks."""
 
 import torch
-from config import Config
+import vision
+from config import SMALL, Config
 from torch import Tensor, nn
 
-from fused_bottleneck import Bottleneck, ConvBNReLU, FusedBottleneck, FusedConvBNReLU
+from fused_bottleneck import Bottleneck, ConvBNReLU, FusedBottleneck, FusedConvBNReLU, fuse
 
 #: variant -> (block, stem); both variants have the same parameters under the same names.
 BLOCKS: dict[str, tuple[type[Bottleneck], type[ConvBNReLU]]] = {
@@ -20,9 +21,10 @@ class SmallResNet(nn.Module):
         block, stem: the module classes to build from; see ``BLOCKS``.
         width: bottleneck width of the first stage; its blocks have ``4 * width`` outputs.
         blocks_per_stage: number of blocks of each stage; the first has a 1x1 + BN downsample.
+        image_channels: channels of the images.
         classes: number of classes.
 
-    Shapes: images ``[N, 1, H, W]`` to logits ``[N, classes]``.
+    Shapes: images ``[N, image_channels, H, W]`` to logits ``[N, classes]``.
     """
 
     def __init__(
@@ -31,10 +33,11 @@ class SmallResNet(nn.Module):
         stem: type[ConvBNReLU],
         width: int,
         blocks_per_stage: tuple[int, ...],
-        classes: int = 10,
+        image_channels: int,
+        classes: int,
     ) -> None:
         super().__init__()
-        self.stem = stem(1, width, kernel_size=3, padding=1)
+        self.stem = stem(image_channels, width, kernel_size=3, padding=1)
         channels = width
         stages = []
         for index, count in enumerate(blocks_per_stage):
@@ -58,16 +61,30 @@ def _stage(
     return nn.Sequential(first, *(block(wide, width) for _ in range(count - 1)))
 
 
-def build(config: Config, variant: str) -> SmallResNet:
+def build(config: Config, variant: str) -> nn.Module:
     """The network of one variant. The same seed gives both variants the same weights."""
     torch.manual_seed(config.seed)
-    block, stem = BLOCKS[variant]
-    model = SmallResNet(block, stem, config.width, config.blocks_per_stage)
+    model = (_small if config.model == SMALL else _torchvision)(config, variant)
+    if config.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(
         device=config.device,
         dtype=torch.float64 if config.dtype == "float64" else torch.float32,
         memory_format=memory_format(config),
     )
+
+
+def _small(config: Config, variant: str) -> nn.Module:
+    block, stem = BLOCKS[variant]
+    return SmallResNet(
+        block, stem, config.width, config.blocks_per_stage, config.channels, config.classes
+    )
+
+
+def _torchvision(config: Config, variant: str) -> nn.Module:
+    constructor = getattr(vision.torchvision().models, config.model)
+    model = constructor(num_classes=config.classes)
+    return fuse(model, stem=True) if variant == "fused" else model
 
 
 def memory_format(config: Config) -> torch.memory_format:

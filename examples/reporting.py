@@ -6,9 +6,10 @@ import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import launch
 import matplotlib
 import torch
-from config import Config
+from config import SMALL, Config
 from footprint import Footprint
 from parity import Check, Outcome, final_loss
 
@@ -22,12 +23,31 @@ COLORS = {"reference": "#7f7f7f", "fused": "#d1495b"}
 
 @dataclass(frozen=True)
 class Result:
-    """What one variant's training came to."""
+    """What one variant's training came to.
+
+    Attributes:
+        accuracy, ema_accuracy: test accuracy after the last epoch, and that of the averaged
+            weights, if they were averaged.
+        best_accuracy: that of the best epoch, with the averaged weights if there are any.
+        footprint: None where it was not measured.
+        composed: name of each block that did not run fused -> the reason.
+    """
 
     losses: list[float]
     accuracy: float
+    ema_accuracy: float | None
+    best_accuracy: float
     images_per_second: float
-    footprint: Footprint
+    footprint: Footprint | None
+    composed: dict[str, str]
+
+    @property
+    def peak_bytes(self) -> int | None:
+        return None if self.footprint is None else self.footprint.peak_bytes
+
+    @property
+    def saved_bytes(self) -> int | None:
+        return None if self.footprint is None else self.footprint.saved_bytes
 
     @property
     def outcome(self) -> Outcome:
@@ -51,6 +71,15 @@ def table(results: dict[str, Result]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def notes(results: dict[str, Result]) -> list[str]:
+    """A line for each block that did not run fused."""
+    return [
+        f"note: {variant} {name} ran composed, not fused: {reason}"
+        for variant, result in results.items()
+        for name, reason in result.composed.items()
+    ]
+
+
 def write_json(
     path: Path, config: Config, results: dict[str, Result], checks: list[Check], seconds: float
 ) -> None:
@@ -62,10 +91,12 @@ def write_json(
             variant: {
                 "final_loss": final_loss(result.losses),
                 "test_accuracy": result.accuracy,
+                "ema_test_accuracy": result.ema_accuracy,
+                "best_test_accuracy": result.best_accuracy,
                 "images_per_second": result.images_per_second,
-                "peak_memory_bytes": result.footprint.peak_bytes,
-                "saved_for_backward_bytes": result.footprint.saved_bytes,
-                "composed": result.footprint.composed,
+                "peak_memory_bytes": result.peak_bytes,
+                "saved_for_backward_bytes": result.saved_bytes,
+                "composed": result.composed,
                 "losses": result.losses,
             }
             for variant, result in results.items()
@@ -90,11 +121,12 @@ def plot(path: Path, config: Config, results: dict[str, Result]) -> None:
     else:
         curves.set_xlabel("step")
     every = list(results.values())
-    bars = [
-        ("images per second", [result.images_per_second for result in every]),
-        ("peak memory\nof a step (MiB)", [_mib(r.footprint.peak_bytes) for r in every]),
-        ("saved for\nbackward (MiB)", [_mib(r.footprint.saved_bytes) for r in every]),
-    ]
+    bars = [("images per second", [result.images_per_second for result in every])]
+    if _has_footprints(results):
+        bars += [
+            ("peak memory\nof a step (MiB)", [_mib(r.peak_bytes) for r in every]),
+            ("saved for\nbackward (MiB)", [_mib(r.saved_bytes) for r in every]),
+        ]
     for column, (title, values) in enumerate(bars, start=1):
         _plot_bars(figure.add_subplot(grid[:, column]), title, list(results), values)
     figure.suptitle(_title(config), fontsize=11)
@@ -104,20 +136,31 @@ def plot(path: Path, config: Config, results: dict[str, Result]) -> None:
 
 def _figures(results: dict[str, Result]) -> list[tuple[str, str, list[float | None]]]:
     every = list(results.values())
-    return [
+    rows: list[tuple[str, str, list[float | None]]] = [
         ("final loss", "{:.4f}", [final_loss(result.losses) for result in every]),
         ("test accuracy (%)", "{:.2f}", [100 * result.accuracy for result in every]),
-        ("images/s", "{:.1f}", [result.images_per_second for result in every]),
-        ("peak memory of a step (MiB)", "{:.1f}", [_mib(r.footprint.peak_bytes) for r in every]),
-        ("saved for backward (MiB)", "{:.1f}", [_mib(r.footprint.saved_bytes) for r in every]),
     ]
+    averaged = [100 * r.ema_accuracy for r in every if r.ema_accuracy is not None]
+    if averaged:
+        rows.append(("averaged (%)", "{:.2f}", [*averaged]))
+    rows.append(("images/s", "{:.1f}", [result.images_per_second for result in every]))
+    if _has_footprints(results):
+        rows += [
+            ("peak memory of a step (MiB)", "{:.1f}", [_mib(r.peak_bytes) for r in every]),
+            ("saved for backward (MiB)", "{:.1f}", [_mib(r.saved_bytes) for r in every]),
+        ]
+    return rows
+
+
+def _has_footprints(results: dict[str, Result]) -> bool:
+    return any(result.footprint is not None for result in results.values())
 
 
 def _ratio(label: str, values: list[float | None]) -> list[str]:
     if len(values) != 2:
         return []
     reference, fused = values
-    if label in ("final loss", "test accuracy (%)") or not reference or fused is None:
+    if label == "final loss" or label.endswith("(%)") or not reference or fused is None:
         return [""]
     return [f"x {fused / reference:.2f}"]
 
@@ -171,9 +214,12 @@ def _smooth(losses: list[float], memory: float = 0.8) -> list[float]:
 
 
 def _title(config: Config) -> str:
-    blocks = "+".join(map(str, config.blocks_per_stage))
+    model = config.model
+    if model == SMALL:
+        blocks = "+".join(map(str, config.blocks_per_stage))
+        model = f"{blocks} bottleneck blocks, width {config.width}"
     return (
-        f"{config.data}, {blocks} bottleneck blocks, width {config.width}, "
+        f"{Path(config.data).name}, {model}, "
         f"batch {config.batch_size}, {config.dtype}, {config.layout}, {config.device}"
     )
 
@@ -184,6 +230,7 @@ def _machine(config: Config) -> dict[str, object]:
         "device": torch.cuda.get_device_name(config.device) if cuda else _cpu_name(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
+        "processes": launch.size(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
