@@ -28,9 +28,15 @@ def process_group(device: str) -> Iterator[None]:
     dist.destroy_process_group()  # not after an error: it would wait for processes that are gone
 
 
-def data_parallel(model: nn.Module) -> nn.Module:
-    """What to call for a forward pass whose gradients are averaged over the processes."""
-    return DistributedDataParallel(model) if dist.is_initialized() else model
+def data_parallel(model: nn.Module, sync_bn: bool) -> nn.Module:
+    """What to call for a forward pass whose gradients are averaged over the processes.
+
+    sync_bn: normalise with the statistics of all processes' images. The model's normalisations are
+    replaced after it is wrapped: DistributedDataParallel would not have the new ones on a CPU,
+    where nn's cannot run, but the fused blocks can.
+    """
+    wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
+    return nn.SyncBatchNorm.convert_sync_batchnorm(wrapped) if sync_bn else wrapped
 
 
 def share(indices: Tensor) -> Tensor:

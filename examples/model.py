@@ -65,8 +65,6 @@ def build(config: Config, variant: str) -> nn.Module:
     """The network of one variant. The same seed gives both variants the same weights."""
     torch.manual_seed(config.seed)
     model = (_small if config.model == SMALL else _torchvision)(config, variant)
-    if config.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(
         device=config.device,
         dtype=torch.float64 if config.dtype == "float64" else torch.float32,

@@ -53,7 +53,7 @@ class Training:
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.accuracies: list[list[float]] = []
-        self._parallel = distributed.data_parallel(self.model)
+        self._parallel = distributed.data_parallel(self.model, config.sync_bn)
 
     def take_turn(self, batches: Sequence[Batch]) -> None:
         """A step with each batch; raises ``Stop`` in all processes if a loss is not finite."""

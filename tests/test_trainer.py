@@ -306,6 +306,16 @@ def test_two_processes_average_their_gradients(runs: Runs, tmp_path: Path) -> No
         torch.testing.assert_close(got[name], parameter.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_synchronised_processes_train_as_one(runs: Runs, tmp_path: Path) -> None:
+    options = ["--stop-after", "3"]
+    runs.ok(tmp_path / "one", *options)
+    runs.ok(tmp_path / "two", *options, "--sync-bn", processes=2)
+    one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    for name, tensor in one["model"].items():
+        torch.testing.assert_close(two["model"][name], tensor, rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["whole", "whole_of_two"])
 def test_accuracy_is_that_of_the_best_weights(name: str, request: pytest.FixtureRequest) -> None:
     """Every image counts once, also where two processes share them."""
