@@ -63,7 +63,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.device.type == "cuda" and max(args.ranks) > torch.cuda.device_count():
         parser.error(f"argument --ranks: there are {torch.cuda.device_count()} GPUs")
     args.bias = False
-    options.default_output(args, "ranks", args.device.type, args.dtype, args.shape)
+    name = args.shape.replace("->", "-")
+    options.default_output(args, "ranks", args.device.type, args.dtype, name)
     return args
 
 

@@ -144,19 +144,25 @@ def _chain_layout(module: nn.Module) -> ChainLayout | None:
     return where if expected or chain.has_units(module, where) else None
 
 
-def _survey(name: str, module: nn.Module, visited: set[int]) -> list[Finding]:
+def _survey(
+    name: str, module: nn.Module, visited: set[int], sharded: bool = False
+) -> list[Finding]:
+    """sharded: whether a module around it is an FSDPModule."""
     if id(module) in visited or isinstance(module, jit.ScriptModule):
         return []
     visited.add(id(module))
+    sharded = sharded or _is_sharded(module)
     if isinstance(module, FusedBlock):
         where = module.plain_layout
-        return [Finding(name, module, where, instance_reason(module, where))]
+        # Its own parameters are not there between calls, but their shards.
+        reason = None if sharded else instance_reason(module, where)
+        return [Finding(name, module, where, reason)]
     if class_path(type(module)) in KNOWN:
         return [_finding(name, module, KNOWN[class_path(type(module))])]
     found = []
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}" if name else child_name
-        found += _survey(path, child, visited)
+        found += _survey(path, child, visited, sharded)
     if any(f.layout is not None for f in found):
         return found
     if _is_sharded(module) and _looks_like_block(module):

@@ -114,8 +114,14 @@ _agreed: "WeakKeyDictionary[ProcessGroup, set[int]]" = WeakKeyDictionary()
 def require_agreement(group: str, description: str, device: torch.device) -> None:
     """Raise on every rank unless all ranks are about to run a block of one description.
 
-    Asked once for each group and description: a collective that costs a synchronisation. Ranks
-    that disagree later, having agreed on both descriptions before, fail in the next collective.
+    Asked once for each group and description: a collective that costs a synchronisation, and so not
+    while a CUDA graph is captured. Ranks that disagree later, having agreed on both descriptions
+    before, fail in the next collective.
+
+    Args:
+        group: a process group's name.
+        description: of the block.
+        device: one that the group's collectives serve.
 
     Raises:
         ValueError: the descriptions differ.

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from fused_bottleneck import Bottleneck, ConvBNReLU, FusedBottleneck, FusedConvBNReLU
+from fused_bottleneck.fused_module import FusedModule
 
 
 class OracleNorm(nn.BatchNorm2d):
@@ -103,7 +104,8 @@ class Job:
     """A block, what is changed in it, and how its batch is split over the ranks.
 
     offset is added to the input. sizes: height and width on each rank, where they differ. device:
-    "cpu", or "cuda" for one GPU of the ranks each, as far as there are.
+    "cpu", or "cuda" for one GPU of the ranks each, as far as there are. autocast: run under it, in
+    bfloat16.
     """
 
     case: Case
@@ -116,6 +118,7 @@ class Job:
     seed: int = 0
     sizes: tuple[tuple[int, int], ...] = ()
     device: str = "cpu"
+    autocast: bool = False
 
     @property
     def world(self) -> int:
@@ -126,6 +129,14 @@ class Job:
         if self.device == "cpu":
             return torch.device("cpu")
         return torch.device("cuda", rank % torch.cuda.device_count())
+
+    def step(self, rank: int, block: nn.Module, x: Tensor, grad: Tensor | None) -> Result:
+        """A step of a block, fused where it is a fused one; the result in the host's memory."""
+        place = self.place(rank)
+        block, x = block.to(place), x.to(place)
+        with torch.autocast(place.type, torch.bfloat16, enabled=self.autocast):
+            assert not isinstance(block, FusedModule) or block.why_not_fused(x) is None
+            return on_cpu(run(block, x, None if grad is None else grad.to(place)))
 
     def module(self, fused: bool) -> nn.Module:
         """The block with normalisations of a process of its own."""
@@ -162,8 +173,7 @@ class Job:
 
     def whole(self) -> Result:
         """A step of the plain block on the whole batch."""
-        place = self.place(0)
-        return on_cpu(run(self.module(fused=False).to(place), self.batch().to(place)))
+        return self.step(0, self.module(fused=False), self.batch(), None)
 
 
 def on_cpu(result: Result) -> Result:
@@ -176,10 +186,7 @@ def rank_step(rank: int, job: Job, grads: Sequence[Tensor | None]) -> Result:
     """A step of the fused block on this rank's part; grads: of every rank's output."""
     with pytest.MonkeyPatch.context() as patch:
         use(job.backend, patch)
-        place, grad = job.place(rank), grads[rank]
-        block, x = job.synchronised().to(place), job.part(rank).to(place)
-        assert block.why_not_fused(x) is None
-        return on_cpu(run(block, x, None if grad is None else grad.to(place)))
+        return job.step(rank, job.synchronised(), job.part(rank), grads[rank])
 
 
 def rank_results(
@@ -236,4 +243,4 @@ def assert_by_criterion(pool: Pool, jobs: list[Job], but: str = "", backend: str
         for errors_of, got in zip(rows, (joined(ours), theirs), strict=True):
             found = errors(got, want, noise(job))
             errors_of.append({n: e for n, e in found.items() if not (but and n.endswith(but))})
-    assert_criterion(*rows, jobs[0].dtype)
+    assert_criterion(*rows, eager[0].out.dtype)

@@ -151,6 +151,20 @@ def test_lower_precision(pool: Pool, case: str, dtype: torch.dtype) -> None:
     assert_by_criterion(pool, jobs)
 
 
+def test_autocast(pool: Pool) -> None:
+    jobs = [
+        Job(
+            WIDE["downsample"],
+            channels_last=True,
+            dtype=torch.float32,
+            seed=seed,
+            autocast=True,
+        )
+        for seed in CRITERION_SEEDS[torch.bfloat16]
+    ]
+    assert_by_criterion(pool, jobs)
+
+
 @pytest.mark.parametrize("offset", [1e3, 1e4])
 def test_offset_input(pool: Pool, offset: float) -> None:
     """A float32 sum of squares has no correct digit here."""

@@ -269,15 +269,18 @@ def test_mixed_precision_policy(pool: Pool, synchronised: bool) -> None:
     assert_criterion(*rows, torch.bfloat16)
 
 
-def test_fuse_after_fully_shard(pool: Pool) -> None:
-    """The reason names the right order."""
-    for reasons in pool.run(WORLD, _fused_late):
-        assert len(reasons) == 2
-        assert all("before fully_shard" in str(reason) for reason in reasons)
+def _statuses(rank: int, kind: type[Bottleneck], blocks: bool) -> list[str]:
+    return [row.status for row in fb.explain(sharded(Network(kind), blocks))]
 
 
-def _fused_late(rank: int) -> list[str | None]:
-    return [row.reason for row in fb.explain(sharded(Network(Bottleneck), blocks=True))]
+def test_explain(pool: Pool) -> None:
+    """Blocks that are fused stay so; of others the reason names the right order."""
+    for blocks in (True, False):
+        for statuses in pool.run(WORLD, _statuses, FusedBottleneck, blocks):
+            assert statuses == ["fused"] * len(CASES)
+    for statuses in pool.run(WORLD, _statuses, Bottleneck, True):
+        assert len(statuses) == len(CASES)
+        assert all("fuse before fully_shard" in status for status in statuses)
 
 
 # Hooks on tensors.
