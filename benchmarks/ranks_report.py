@@ -29,10 +29,10 @@ def text(run: Run) -> str:
     count, size = len(collective_model.junctions(shape)), collective_model.step_bytes(shape)
     caption = (
         f"Training steps of {shape.name}, {settings['dtype']}, {settings['batch']} images a "
-        f"process; {origin(run)} a process. Milliseconds: median (20 %-80 % quantiles) of "
-        f"{settings['rounds']} rounds of the slowest process, variants interleaved. Local: "
-        "statistics of each process's batch; cost: what those of all processes take more; alone: "
-        f"the {count} all-reduces of a step ({size / 1e3:.1f} kB) one after the other."
+        f"process; {origin(run)}; threads are each process's. Milliseconds: median (20 %-80 % "
+        f"quantiles) of {settings['rounds']} rounds of the slowest process, variants interleaved. "
+        "Local: statistics of each process's batch; cost: what those of all processes take more; "
+        f"alone: the {count} all-reduces of a step ({size / 1e3:.1f} kB) one after the other."
     )
     by_ranks: dict[int, dict[str, Any]] = {}
     for record in run["records"]:
