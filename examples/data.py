@@ -34,7 +34,7 @@ class Images(Protocol):
 
 
 class Dataset(NamedTuple):
-    """Images to train and to test with; ``C``, ``H`` and the number of classes of both."""
+    """Images to train and to test with; their channels, height (and width), and classes."""
 
     train: Images
     test: Images

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import checkpoint  # noqa: E402
 import data  # noqa: E402
-from config import Config  # noqa: E402
+from config import Config, Stop  # noqa: E402
 from model import build  # noqa: E402
 from schedule import learning_rate  # noqa: E402
 
@@ -329,6 +330,18 @@ def test_several_processes_refuse_to_compare(runs: Runs, tmp_path: Path) -> None
         "train.py: error: several processes train one kind of blocks: "
         "give --blocks fused or reference"
     ]
+
+
+def test_what_the_main_process_refuses_ends_all(runs: Runs, tmp_path: Path) -> None:
+    result = runs(tmp_path, "--resume", processes=2)
+    assert 2 in result["codes"]
+    (line,) = result["stderr"].splitlines()
+    assert line.startswith("train.py: error: --resume: there is no checkpoint")
+
+
+def test_a_stop_travels_between_processes() -> None:
+    stop = pickle.loads(pickle.dumps(Stop("no space", exit_code=2, everywhere=False)))
+    assert (str(stop), stop.exit_code, stop.everywhere) == ("no space", 2, False)
 
 
 def test_several_processes_stop_together(runs: Runs, tmp_path: Path) -> None:
