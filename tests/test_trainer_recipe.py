@@ -19,7 +19,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 import fused_bottleneck as fb
 
-import checkpoint  # isort: skip  # test_train_example has put examples/ on the path
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import checkpoint
 import data
 import image_folder
 import saving
