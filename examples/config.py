@@ -37,10 +37,13 @@ class Stop(Exception):
             for all.
     """
 
-    def __init__(self, message: str, exit_code: int, *, everywhere: bool = True) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, exit_code: int, everywhere: bool = True) -> None:
+        super().__init__(message, exit_code, everywhere)  # what pickle makes it from
         self.exit_code = exit_code
         self.everywhere = everywhere
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ function of the configuration and the step, so a resumed training sees the same 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import distributed
 import numpy as np
@@ -23,18 +23,19 @@ TEST_FRACTION = 0.2
 Batch = tuple[Tensor, Tensor]
 
 
-class Images(Protocol):
+class Images(torch.utils.data.Dataset[Batch]):
     """A data set that gives out whole batches."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def __getitem__(self, key: tuple[int, Tensor]) -> Batch:
         """The images of these indices, as the epoch sees them."""
-        ...
+        raise NotImplementedError
 
 
 class Dataset(NamedTuple):
-    """Images to train and to test with; ``C``, ``H`` and the number of classes of both."""
+    """Images to train and to test with; their channels, height (and width), and classes."""
 
     train: Images
     test: Images
@@ -44,7 +45,7 @@ class Dataset(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TensorImages:
+class TensorImages(Images):
     """Images that are in memory, the same in every epoch."""
 
     images: Tensor
@@ -130,7 +131,7 @@ def _batches(
 ) -> Iterator[Batch]:
     cuda = config.device.startswith("cuda")
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
-    loader = DataLoader(
+    loader: DataLoader[Batch] = DataLoader(
         images,
         sampler=keys,
         batch_size=None,

@@ -59,9 +59,12 @@ def _check_machine(config: Config) -> None:
             "the same number of at least 2 images for each",
             exit_code=2,
         )
-    plain_sync_bn = config.sync_bn and launch.launched() and config.variants == ("reference",)
-    if plain_sync_bn and not config.device.startswith("cuda"):
-        raise Stop("--sync-bn: nn.SyncBatchNorm needs --device cuda", exit_code=2)
+    if config.sync_bn and launch.launched() and not config.device.startswith("cuda"):
+        raise Stop(
+            "--sync-bn with several processes needs --device cuda: DistributedDataParallel takes "
+            "no nn.SyncBatchNorm on a CPU",
+            exit_code=2,
+        )
 
 
 def _check_device(name: str) -> None:

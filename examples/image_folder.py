@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import vision
 from config import Config, Stop
-from data import Batch, Dataset
+from data import Batch, Dataset, Images
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -19,7 +19,7 @@ STD = (0.229, 0.224, 0.225)
 TEST_MARGIN = 256 / 224
 
 
-class FolderImages:
+class FolderImages(Images):
     """The files of one part, transformed when they are asked for.
 
     Args:

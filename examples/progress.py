@@ -27,8 +27,9 @@ class Progress:
         self._trainings = trainings
         self._shown = {training.variant: training.steps for training in trainings}
         done = trainings[0].steps
-        writing = tensorboard is not None and launch.is_main()
-        self._writer = _summary_writer(tensorboard, done) if writing else None
+        self._writer = None
+        if tensorboard is not None and launch.is_main():
+            self._writer = _summary_writer(tensorboard, done)
         self._bar = tqdm(
             total=last_step * len(trainings),
             initial=done * len(trainings),

@@ -121,7 +121,9 @@ def plot(path: Path, config: Config, results: dict[str, Result]) -> None:
     else:
         curves.set_xlabel("step")
     every = list(results.values())
-    bars = [("images per second", [result.images_per_second for result in every])]
+    bars: list[tuple[str, list[float | None]]] = [
+        ("images per second", [result.images_per_second for result in every])
+    ]
     if _has_footprints(results):
         bars += [
             ("peak memory\nof a step (MiB)", [_mib(r.peak_bytes) for r in every]),
