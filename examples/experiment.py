@@ -59,10 +59,11 @@ def _check_machine(config: Config) -> None:
             "the same number of at least 2 images for each",
             exit_code=2,
         )
-    if config.sync_bn and launch.launched() and not config.device.startswith("cuda"):
+    plain_sync_bn = config.sync_bn and launch.launched() and config.variants == ("reference",)
+    if plain_sync_bn and not config.device.startswith("cuda"):
         raise Stop(
-            "--sync-bn with several processes needs --device cuda: DistributedDataParallel takes "
-            "no nn.SyncBatchNorm on a CPU",
+            "--sync-bn with --blocks reference and several processes needs --device cuda: "
+            "nn.SyncBatchNorm does not run on a CPU",
             exit_code=2,
         )
 

@@ -244,7 +244,11 @@ def test_bad_options_are_refused_in_one_line(
     [
         ({"WORLD_SIZE": "2", "RANK": "0"}, [], "WORLD_SIZE is set, and LOCAL_RANK, MASTER_ADDR"),
         ({}, ["--device", "cuda:0"], "torchrun's processes take one each"),
-        ({}, ["--sync-bn"], "--sync-bn with several processes needs --device cuda"),
+        (
+            {},
+            ["--blocks", "reference", "--sync-bn"],
+            "--sync-bn with --blocks reference and several processes needs --device cuda",
+        ),
     ],
 )
 def test_what_a_group_of_processes_lacks_is_said(
