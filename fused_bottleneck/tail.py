@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import algebra
 from .operands import POINTWISE, Activation, ConvGrad, Geometry, MaskedGrad, StridedInput
 from .rules import uses_gram
 from .stages import FoldedTerm, Moments, Operand, Stages
-from .units import Unit, UnitGrads, UnitState, bias_grad, conv_grad, unit_grads
+from .units import Unit, UnitGrads, UnitState, conv_grad, unit_grads
 
 
 class TailState(NamedTuple):
@@ -92,16 +91,15 @@ def forward(unit: Unit, stages: Stages, operand: Operand, pixels: int) -> TailFo
 def _folded_forward(unit: Unit, stages: Stages, operand: Operand) -> TailForward:
     centre = operand.centre
     assert centre is not None
-    if unit.batch:
-        mean_d, cov = stages.gram(operand)
-        folded, moments, invstd, offset, weight_cov = stages.fold(
-            unit.weight, unit.gamma, unit.beta, unit.eps, centre, mean_d, cov
-        )
-        state = TailState(centre, invstd, offset, mean_d.to(invstd.dtype), weight_cov)
-    else:
-        moments = unit.fixed_moments()
-        folded, state = _fold_fixed(unit, centre, moments)
-    return TailForward(FoldedTerm(operand, folded), None, state, unit.reported(moments))
+    if not unit.batch:
+        folded, state = _fold_fixed(unit, centre, unit.fixed_moments())
+        return TailForward(FoldedTerm(operand, folded), None, state, [])
+    mean_d, cov = stages.gram(operand)
+    folded, mean, var, invstd, offset, weight_cov = stages.fold(
+        unit.weight, unit.gamma, unit.beta, unit.bias, unit.eps, centre, mean_d, cov
+    )
+    state = TailState(centre, invstd, offset, mean_d.to(invstd.dtype), weight_cov)
+    return TailForward(FoldedTerm(operand, folded), None, state, [mean, var])
 
 
 def _fold_fixed(unit: Unit, centre: Tensor, moments: Moments) -> tuple[algebra.Folded, TailState]:
@@ -137,10 +135,9 @@ def folded_backward(
 ) -> TailBackward:
     """Parameter gradients and operand-gradient coefficients from ``S = g^T D`` and sum_g."""
     centre, invstd, offset, mean_d, weight_cov = state
-    dgamma, dweight, coefficients = stages.fold_backward(
+    dweight, dgamma, dbias, coefficients = stages.fold_backward(
         unit.weight, unit.gamma, invstd, offset, centre, mean_d, weight_cov, a, s, sum_g, count
     )
-    dbias = torch.zeros_like(sum_g) if unit.batch else bias_grad(unit, unit.scale(invstd), sum_g)
     return TailBackward(UnitGrads(dweight, dbias, dgamma, sum_g), coefficients, None)
 
 

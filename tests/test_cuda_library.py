@@ -21,7 +21,7 @@ if not LIBRARIES:
     )
     pytest.skip("no nvcc, so no CUDA library was built", allow_module_level=True)
 LIBRARY = LIBRARIES[0]
-SOURCES = 3  # coefficients, pointwise, reductions
+SOURCES = 4  # coefficients, junctions, pointwise, reductions
 KERNELS = 7 + 2 + 5  # passes, combinations of parts, coefficients
 
 
