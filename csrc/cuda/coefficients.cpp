@@ -1,6 +1,7 @@
 // The CUDA implementation of the coefficient ops in ops.cpp: checks and memory.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "runtime.h"
@@ -32,6 +33,13 @@ class CoefficientArguments : public Arguments {
 
   const void* sized(const char* name, const OptionalTensor& t, Sizes sizes) const {
     return t.has_value() ? sized(name, *t, sizes) : nullptr;
+  }
+
+  // The junctions count the elements of a matrix in 32 bits.
+  void check_size() const {
+    STD_TORCH_CHECK(std::max(rows, channels) * channels < int64_t{1} << 31, op_,
+                    ": expected fewer than 2^31 coefficients, got a weight of ", rows, " x ",
+                    channels);
   }
 
   Parameter parameter(const char* name, const OptionalTensor& t, int64_t size) const {
@@ -82,6 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fold(const Tensor& weight, const Tens
                                                 const OptionalTensor& bias, double eps,
                                                 const Tensor& centre, const Tensor& mean_d) {
   const CoefficientArguments args("fold", "weight", weight);
+  args.check_size();
   const int64_t width = args.rows, channels = args.channels;
   const bool is_cov_double = cov.scalar_type() == ScalarType::Double;
   args.of_dtype("cov", cov, is_cov_double ? ScalarType::Double : args.acc_dtype,
@@ -106,6 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fold_backward(
     const Tensor& centre, const OptionalTensor& mean_d, const OptionalTensor& weight_cov,
     const Tensor& a, const Tensor& s, const Tensor& sum_g, int64_t count) {
   const CoefficientArguments args("fold_backward", "weight", weight);
+  args.check_size();
   args.together("mean_d", mean_d, "weight_cov", weight_cov);
   const int64_t width = args.rows, channels = args.channels;
   const int64_t side = mean_d.has_value() ? channels : 0;

@@ -29,7 +29,10 @@ constexpr int kGroup = 8;      // channels of a thread
 constexpr int kMaxLanes = 32;  // groups side by side in a block
 constexpr int kMinLines = kThreads / kMaxLanes;
 
-__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+template <class A, class B>
+__host__ __device__ constexpr auto ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
 
 // --- Elements ---
 

@@ -28,29 +28,28 @@ __device__ inline void grid_barrier() { cooperative_groups::this_grid().sync(); 
 
 // body(i) for the block's share of [0, count).
 template <class Body>
-__device__ void for_blocks(int64_t count, const Body& body) {
-  for (int64_t i = blockIdx.x; i < count; i += gridDim.x) body(i);
+__device__ void for_blocks(int count, const Body& body) {
+  for (int i = blockIdx.x; i < count; i += gridDim.x) body(i);
 }
 
 // body(i) for the warp's share of [0, count).
 template <class Body>
-__device__ void for_warps(int64_t count, const Body& body) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileWarps + warp();
-  for (int64_t i = first; i < count; i += static_cast<int64_t>(gridDim.x) * kTileWarps) body(i);
+__device__ void for_warps(int count, const Body& body) {
+  for (int i = blockIdx.x * kTileWarps + warp(); i < count; i += gridDim.x * kTileWarps) body(i);
 }
 
 // The sum of term(i) over [0, count), in every thread of the warp.
 template <class A, class Term>
-__device__ A warp_sum(int64_t count, const Term& term) {
+__device__ A warp_sum(int count, const Term& term) {
   A total = 0;
 #pragma unroll 4
-  for (int64_t i = lane(); i < count; i += kWarp) total += term(i);
+  for (int i = lane(); i < count; i += kWarp) total += term(i);
   for (int other = kWarp / 2; other > 0; other /= 2)
     total += __shfl_xor_sync(0xffffffffu, total, other);
   return total;
 }
 
-__host__ __device__ inline int64_t tiles_along(int64_t size) { return ceil_div(size, kTile); }
+__host__ __device__ inline int tiles_along(int size) { return ceil_div(size, kTile); }
 
 // 16-bit weights are exact in tf32.
 template <class T>
@@ -64,25 +63,25 @@ using FoldProduct = std::conditional_t<kIsExact<T>, float, C>;
 
 // A tile of weight cov, and of each of its rows the sum over the tile's columns of the variance.
 template <class T, class C>
-__device__ void fold_tile(int64_t tile, int64_t width, int64_t channels, const Fold& p) {
+__device__ void fold_tile(int tile, int width, int channels, const Fold& p) {
   using A = FoldProduct<T, C>;
   const T* weight = static_cast<const T*>(p.weight);
   const C* cov = static_cast<const C*>(p.cov);
   Acc<T>* weight_cov = static_cast<Acc<T>*>(p.weight_cov);
-  const int64_t part = tile % tiles_along(channels), column = part * kTile;
-  const int64_t row = tile / tiles_along(channels) * kTile;
+  const int part = tile % tiles_along(channels), column = part * kTile;
+  const int row = tile / tiles_along(channels) * kTile;
   const A* product = tile_product<A, AlongDepth, kIsExact<T>>(
       0, channels,
-      [&](int i, int64_t k) -> A {
+      [&](int i, int k) -> A {
         return row + i < width ? widen(weight[(row + i) * channels + k]) : A(0);
       },
-      [&](int j, int64_t k) -> A {
+      [&](int j, int k) -> A {
         return column + j < channels ? static_cast<A>(cov[k * channels + column + j]) : A(0);
       });
-  const int64_t columns = channels - column < kTile ? channels - column : kTile;
+  const int columns = channels - column < kTile ? channels - column : kTile;
   for (int i = warp(); i < kTile && row + i < width; i += kTileWarps) {
-    const int64_t at = (row + i) * channels + column;
-    const A var = warp_sum<A>(columns, [&](int64_t j) -> A {
+    const int at = (row + i) * channels + column;
+    const A var = warp_sum<A>(columns, [&](int j) -> A {
       const A value = product[i * kResultStride + j];
       weight_cov[at + j] = static_cast<Acc<T>>(value);
       return value * static_cast<A>(widen(weight[at + j]));
@@ -93,22 +92,22 @@ __device__ void fold_tile(int64_t tile, int64_t width, int64_t channels, const F
 
 // Everything else of an output channel w.
 template <class T>
-__device__ void fold_row(int64_t w, int64_t width, int64_t channels, const Fold& p) {
+__device__ void fold_row(int w, int width, int channels, const Fold& p) {
   using A = Acc<T>;
   const T* weight = static_cast<const T*>(p.weight) + w * channels;
   const A* centre = static_cast<const A*>(p.centre);
   const A* mean_d = static_cast<const A*>(p.mean_d);
   T* folded = static_cast<T*>(p.folded) + w * channels;
   double sum = warp_sum<double>(tiles_along(channels),
-                                [&](int64_t part) { return p.partial[part * width + w]; });
+                                [&](int part) { return p.partial[part * width + w]; });
   if (sum < 0) sum = 0;  // NaN stays
   const A var = static_cast<A>(sum);
   const A mean =
-      warp_sum<A>(channels, [&](int64_t k) { return widen(weight[k]) * (mean_d[k] + centre[k]); });
-  const A offset = -warp_sum<A>(channels, [&](int64_t k) { return widen(weight[k]) * mean_d[k]; });
+      warp_sum<A>(channels, [&](int k) { return widen(weight[k]) * (mean_d[k] + centre[k]); });
+  const A offset = -warp_sum<A>(channels, [&](int k) { return widen(weight[k]) * mean_d[k]; });
   const A invstd = inverse_std(var, p.eps);
   const A scale = parameter<A>(p.gamma, w, 1) * invstd;
-  const A taken = warp_sum<A>(channels, [&](int64_t k) {
+  const A taken = warp_sum<A>(channels, [&](int k) {
     folded[k] = narrow<T>(scale * widen(weight[k]));
     return widen(folded[k]) * mean_d[k];
   });
@@ -124,27 +123,27 @@ __device__ void fold_row(int64_t w, int64_t width, int64_t channels, const Fold&
 
 template <class T, class C>
 __global__ void __launch_bounds__(kTileThreads, kLeastBlocks)
-    fold_kernel(int64_t width, int64_t channels, Fold p) {
-  const int64_t tiles = tiles_along(channels) * tiles_along(width);
-  for_blocks(tiles, [&](int64_t tile) { fold_tile<T, C>(tile, width, channels, p); });
+    fold_kernel(int width, int channels, Fold p) {
+  const int tiles = tiles_along(channels) * tiles_along(width);
+  for_blocks(tiles, [&](int tile) { fold_tile<T, C>(tile, width, channels, p); });
   grid_barrier();
-  for_warps(width, [&](int64_t w) { fold_row<T>(w, width, channels, p); });
+  for_warps(width, [&](int w) { fold_row<T>(w, width, channels, p); });
 }
 
 // --- B1 to B2 ---
 
 // How the product over W is cut: a task is a tile of B on or above the diagonal, over some rows.
 struct OperandTasks {
-  int64_t tiles, rows, parts;
+  int tiles, rows, parts;
 
-  __host__ __device__ OperandTasks(int64_t width, int64_t channels) {
-    const int64_t side = tiles_along(channels);
+  __host__ __device__ OperandTasks(int width, int channels) {
+    const int side = tiles_along(channels);
     tiles = side * (side + 1) / 2;
-    const int64_t wanted = ceil_div(kTargetTiles, tiles);
+    const int wanted = ceil_div(kTargetTiles, tiles);
     rows = ceil_div(ceil_div(width, wanted), 2 * kDepth) * 2 * kDepth;
     parts = ceil_div(width, rows);
   }
-  __host__ __device__ int64_t count() const { return tiles * parts; }
+  __host__ __device__ int count() const { return tiles * parts; }
 };
 
 // The workspace in memory: k of b [W]; sums over kTile rows each of sum_g a [.., K]; b's parts.
@@ -152,7 +151,7 @@ template <class A>
 struct Workspace {
   A *factor, *sums, *partial;
 
-  __device__ Workspace(const FoldBackward& p, int64_t width, int64_t channels)
+  __device__ Workspace(const FoldBackward& p, int width, int channels)
       : factor(static_cast<A*>(p.workspace)),
         sums(factor + width),
         partial(sums + tiles_along(width) * channels) {}
@@ -160,15 +159,14 @@ struct Workspace {
 
 // The gradients of a row of the weight, of its gamma and bias, and k of b.
 template <class T>
-__device__ void fold_backward_row(int64_t w, int64_t width, int64_t channels,
-                                  const FoldBackward& p) {
+__device__ void fold_backward_row(int w, int width, int channels, const FoldBackward& p) {
   using A = Acc<T>;
   const T* weight = static_cast<const T*>(p.weight) + w * channels;
   const A* s = static_cast<const A*>(p.s) + w * channels;
   T* grad_weight = static_cast<T*>(p.grad_weight) + w * channels;
   const A sum_g = static_cast<const A*>(p.sum_g)[w];
   const A invstd = static_cast<const A*>(p.invstd)[w];
-  const A dot = warp_sum<A>(channels, [&](int64_t k) { return s[k] * widen(weight[k]); });
+  const A dot = warp_sum<A>(channels, [&](int k) { return s[k] * widen(weight[k]); });
   const A dgamma = invstd * (dot + static_cast<const A*>(p.offset)[w] * sum_g);
   const A scale = parameter<A>(p.gamma, w, 1) * invstd;
   const bool batch = p.weight_cov != nullptr;
@@ -183,7 +181,7 @@ __device__ void fold_backward_row(int64_t w, int64_t width, int64_t channels,
   const A* centre = static_cast<const A*>(p.centre);
   const A* mean_d = static_cast<const A*>(p.mean_d);
   const A* weight_cov = static_cast<const A*>(p.weight_cov) + w * channels;
-  for (int64_t k = lane(); k < channels; k += kWarp) {
+  for (int k = lane(); k < channels; k += kWarp) {
     const A grad = batch ? s[k] - sum_g * mean_d[k] - dgamma * invstd * weight_cov[k]
                          : s[k] + sum_g * centre[k];
     grad_weight[k] = narrow<T>(scale * grad);
@@ -192,22 +190,22 @@ __device__ void fold_backward_row(int64_t w, int64_t width, int64_t channels,
 
 // A part of -b = weight^T diag(k) weight: a tile, and its mirror image.
 template <class T>
-__device__ void operand_tile(int64_t task, int64_t width, int64_t channels, const FoldBackward& p) {
+__device__ void operand_tile(int task, int width, int channels, const FoldBackward& p) {
   using A = Acc<T>;
   const OperandTasks tasks(width, channels);
   const T* weight = static_cast<const T*>(p.weight);
   const Workspace<A> workspace(p, width, channels);
-  const int64_t part = task / tasks.tiles, first = part * tasks.rows;
-  const int64_t end = first + tasks.rows < width ? first + tasks.rows : width;
-  int64_t across = 0, down = task % tasks.tiles;
+  const int part = task / tasks.tiles, first = part * tasks.rows;
+  const int end = first + tasks.rows < width ? first + tasks.rows : width;
+  int across = 0, down = task % tasks.tiles;
   while (down > across) down -= ++across;
-  const int64_t row = down * kTile, column = across * kTile;
+  const int row = down * kTile, column = across * kTile;
   const A* product = tile_product<A, AlongTile, kIsExact<T>>(
       first, end,
-      [&](int i, int64_t w) -> A {
+      [&](int i, int w) -> A {
         return row + i < channels ? widen(weight[w * channels + row + i]) : A(0);
       },
-      [&](int j, int64_t w) -> A {
+      [&](int j, int w) -> A {
         if (column + j >= channels) return 0;
         return workspace.factor[w] * widen(weight[w * channels + column + j]);
       });
@@ -226,20 +224,20 @@ __device__ void operand_tile(int64_t task, int64_t width, int64_t channels, cons
 
 // The columns' sums of sum_g a over a block of rows: a thread takes every kLines-th row of one.
 template <class T>
-__device__ void column_sums(int64_t task, int64_t width, int64_t channels, const FoldBackward& p) {
+__device__ void column_sums(int task, int width, int channels, const FoldBackward& p) {
   using A = Acc<T>;
   constexpr int kLines = kTileThreads / kTile;
   A* shared = reinterpret_cast<A*>(shared_memory);
   const T* a = static_cast<const T*>(p.a);
   const A* sum_g = static_cast<const A*>(p.sum_g);
   const int line = threadIdx.x / kTile;
-  const int64_t column = task % tiles_along(channels) * kTile + threadIdx.x % kTile;
-  const int64_t first = task / tiles_along(channels) * kTile;
-  const int64_t end = first + kTile < width ? first + kTile : width;
+  const int column = task % tiles_along(channels) * kTile + threadIdx.x % kTile;
+  const int first = task / tiles_along(channels) * kTile;
+  const int end = first + kTile < width ? first + kTile : width;
   A total = 0;
   if (column < channels)
 #pragma unroll 8
-    for (int64_t w = first + line; w < end; w += kLines)
+    for (int w = first + line; w < end; w += kLines)
       total += sum_g[w] * widen(a[w * channels + column]);
   __syncthreads();  // what was there has been read
   shared[threadIdx.x] = total;
@@ -251,51 +249,51 @@ __device__ void column_sums(int64_t task, int64_t width, int64_t channels, const
 
 // Row i of b, which is its column i, and the shift of channel i.
 template <class T>
-__device__ void operand_row(int64_t i, int64_t width, int64_t channels, const FoldBackward& p) {
+__device__ void operand_row(int i, int width, int channels, const FoldBackward& p) {
   using A = Acc<T>;
-  const int64_t parts = OperandTasks(width, channels).parts;
+  const int parts = OperandTasks(width, channels).parts;
   const Workspace<A> workspace(p, width, channels);
   const A* partial = workspace.partial + i * channels;
   const A* sums = workspace.sums + i;
   const A* mean_d = static_cast<const A*>(p.mean_d);
   T* b = static_cast<T*>(p.b) + i * channels;
-  const A with_mean = warp_sum<A>(channels, [&](int64_t j) {
+  const A with_mean = warp_sum<A>(channels, [&](int j) {
     A total = 0;
 #pragma unroll 4
-    for (int64_t part = 0; part < parts; ++part) total -= partial[part * channels * channels + j];
+    for (int part = 0; part < parts; ++part) total -= partial[part * channels * channels + j];
     b[j] = narrow<T>(total);
     return mean_d[j] * widen(b[j]);
   });
   const A with_sum =
-      warp_sum<A>(tiles_along(width), [&](int64_t part) { return sums[part * channels]; });
+      warp_sum<A>(tiles_along(width), [&](int part) { return sums[part * channels]; });
   if (lane() == 0) static_cast<A*>(p.shift)[i] = -(with_sum / static_cast<A>(p.count)) - with_mean;
 }
 
 template <class T>
 __global__ void __launch_bounds__(kTileThreads, kLeastBlocks)
-    fold_backward_kernel(int64_t width, int64_t channels, FoldBackward p) {
-  for_warps(width, [&](int64_t w) { fold_backward_row<T>(w, width, channels, p); });
+    fold_backward_kernel(int width, int channels, FoldBackward p) {
+  for_warps(width, [&](int w) { fold_backward_row<T>(w, width, channels, p); });
   if (p.weight_cov == nullptr) return;
   for_blocks(tiles_along(width) * tiles_along(channels),
-             [&](int64_t task) { column_sums<T>(task, width, channels, p); });
+             [&](int task) { column_sums<T>(task, width, channels, p); });
   grid_barrier();
   for_blocks(OperandTasks(width, channels).count(),
-             [&](int64_t task) { operand_tile<T>(task, width, channels, p); });
+             [&](int task) { operand_tile<T>(task, width, channels, p); });
   grid_barrier();
-  for_warps(channels, [&](int64_t i) { operand_row<T>(i, width, channels, p); });
+  for_warps(channels, [&](int i) { operand_row<T>(i, width, channels, p); });
 }
 
 // --- Launches ---
 
 // The blocks of a launch that has a warp for each row and a block for each task.
-int64_t blocks_for(int64_t rows, int64_t tasks) {
-  const int64_t blocks = ceil_div(rows, kTileWarps);
+int blocks_for(int rows, int tasks) {
+  const int blocks = ceil_div(rows, kTileWarps);
   return blocks < tasks ? tasks : blocks;
 }
 
 template <class T, class C>
 void launch_fold_of(const Launch& where, const Fold& p) {
-  const int64_t tiles = tiles_along(where.channels) * tiles_along(where.rows);
+  const int tiles = tiles_along(where.channels) * tiles_along(where.rows);
   launch_cooperative(fold_kernel<T, C>, where, blocks_for(where.rows, tiles), kTileThreads,
                      kTileBytes<FoldProduct<T, C>>, where.rows, where.channels, p);
 }
@@ -322,11 +320,10 @@ int64_t fold_backward_workspace(int64_t width, int64_t channels) {
 void launch_fold_backward(const Launch& where, const FoldBackward& p) {
   with_type(where.dtype, [&](auto element) {
     using T = decltype(element);
-    const int64_t width = where.rows, channels = where.channels;
     const bool batch = p.weight_cov != nullptr;
-    const int64_t tasks = batch ? OperandTasks(width, channels).count() : 1;
-    launch_cooperative(fold_backward_kernel<T>, where, blocks_for(width, tasks), kTileThreads,
-                       kTileBytes<Acc<T>>, width, channels, p);
+    const int tasks = batch ? OperandTasks(where.rows, where.channels).count() : 1;
+    launch_cooperative(fold_backward_kernel<T>, where, blocks_for(where.rows, tasks), kTileThreads,
+                       kTileBytes<Acc<T>>, where.rows, where.channels, p);
   });
 }
 

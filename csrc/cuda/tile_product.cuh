@@ -1,7 +1,7 @@
 // Products of coefficient matrices, a tile of kTile x kTile at a time, with float32's accuracy.
 //
 // In float32 on the tensor cores: an operand is split into two terms of tf32 (11 bits each), and
-// the three products that matter are taken; two of them where the left operand had 16 bits and is
+// the three products that matter are taken; two of them where the left operand has 16 bits and is
 // one term. The tensor cores' own sums round towards zero, so that they only take a step of kDepth
 // terms; steps are added to nearest. In double, and on GPUs before sm_80, with fused multiply-adds.
 // An infinite operand gives NaN where the exact product may be infinite.
@@ -47,11 +47,22 @@ static_assert(2 * kOperandElements == kTile * kResultStride,
 template <class A>
 constexpr size_t kTileBytes = sizeof(A) * kTile * kResultStride;
 
+// In shared memory; the result takes the left one's place and more.
+template <class A>
+__device__ A* left_operand() {
+  return reinterpret_cast<A*>(shared_memory);
+}
+template <class A>
+__device__ A* right_operand() {
+  return left_operand<A>() + kOperandElements;
+}
+
 // The sums of a tile, in the registers of the block's threads.
 template <class A, class LeftLayout>
 class FmaSums {
  public:
-  __device__ void add_step(const A* left, const A* right) {
+  __device__ void add_step() {
+    const A *left = left_operand<A>(), *right = right_operand<A>();
 #pragma unroll 4
     for (int k = 0; k < kDepth; ++k) {
       A l[kRows], r[kColumns];
@@ -66,7 +77,8 @@ class FmaSums {
     }
   }
 
-  __device__ void store(A* result) const {
+  __device__ void store() const {
+    A* result = left_operand<A>();
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
@@ -86,6 +98,11 @@ class FmaSums {
 #ifdef FUSED_BOTTLENECK_TENSOR_CORES
 namespace wmma = nvcuda::wmma;
 
+// The first 11 bits: a number of tf32. What is left of the value is exact in float32.
+__device__ inline float leading_bits(float value) {
+  return __uint_as_float(__float_as_uint(value) & 0xffffe000u);
+}
+
 // An operand's fragment as the sum of two of tf32; of one, where its elements have 16 bits.
 template <class Fragment, bool Exact>
 struct Split {
@@ -94,10 +111,10 @@ struct Split {
   __device__ Split(const float* from, int stride) {
     wmma::load_matrix_sync(high, from, stride);
 #pragma unroll
-    for (int e = 0; e < high.num_elements; ++e) {
+    for (int e = 0; e < high.num_elements && !Exact; ++e) {
       const float value = high.x[e];
-      high.x[e] = wmma::__float_to_tf32(value);
-      if (!Exact) low.x[e] = wmma::__float_to_tf32(value - high.x[e]);
+      high.x[e] = leading_bits(value);
+      low.x[e] = wmma::__float_to_tf32(value - high.x[e]);
     }
   }
 };
@@ -112,13 +129,13 @@ class TensorSums {
       wmma::fill_fragment(sums_[i / kCount][i % kCount], 0.0f);
   }
 
-  __device__ void add_step(const float* left, const float* right) {
+  __device__ void add_step() {
     Sum step[kCount][kCount];
 #pragma unroll
     for (int i = 0; i < kCount * kCount; ++i)
       wmma::fill_fragment(step[i / kCount][i % kCount], 0.0f);
-#pragma unroll 1
-    for (int k = 0; k < kDepth; k += 8) add_products(left, right, k, step);
+#pragma unroll 2
+    for (int k = 0; k < kDepth; k += 8) add_products(k, step);
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
 #pragma unroll
@@ -127,7 +144,8 @@ class TensorSums {
         for (int e = 0; e < step[i][j].num_elements; ++e) sums_[i][j].x[e] += step[i][j].x[e];
   }
 
-  __device__ void store(float* result) const {
+  __device__ void store() const {
+    float* result = left_operand<float>();
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
 #pragma unroll
@@ -149,8 +167,8 @@ class TensorSums {
   __device__ static int column(int j) { return (threadIdx.x / 32 % 2 * kCount + j) * kSide; }
 
   // Small products first.
-  __device__ static void add_products(const float* left, const float* right, int k,
-                                      Sum (&step)[kCount][kCount]) {
+  __device__ static void add_products(int k, Sum (&step)[kCount][kCount]) {
+    const float *left = left_operand<float>(), *right = right_operand<float>();
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const Split<Right, false> r(right + AlongTile::index(column(j), k), AlongTile::kStride);
@@ -180,20 +198,21 @@ template <class A, class LeftLayout>
 class Step {
  public:
   template <class Left, class Right>
-  __device__ void load(int64_t first, int64_t end, const Left& left, const Right& right) {
+  __device__ void load(int first, int end, const Left& left, const Right& right) {
 #pragma unroll
     for (int r = 0; r < kShare; ++r) {
-      const int64_t k = first + LeftLayout::k(r);
+      const int k = first + LeftLayout::k(r);
       left_[r] = k < end ? left(LeftLayout::i(r), k) : A(0);
     }
 #pragma unroll
     for (int r = 0; r < kShare; ++r) {
-      const int64_t k = first + AlongTile::k(r);
+      const int k = first + AlongTile::k(r);
       right_[r] = k < end ? right(AlongTile::i(r), k) : A(0);
     }
   }
 
-  __device__ void store(A* left, A* right) const {
+  __device__ void store() const {
+    A *left = left_operand<A>(), *right = right_operand<A>();
 #pragma unroll
     for (int r = 0; r < kShare; ++r) {
       left[LeftLayout::index(LeftLayout::i(r), LeftLayout::k(r))] = left_[r];
@@ -209,24 +228,22 @@ class Step {
 // shared memory, row i beginning at i * kResultStride. The functions know where their matrices end
 // along the tile. The loads of a step are under way while the one before is multiplied.
 template <class A, class LeftLayout, bool ExactLeft, class Left, class Right>
-__device__ const A* tile_product(int64_t first, int64_t end, const Left& left, const Right& right) {
-  A* shared_left = reinterpret_cast<A*>(shared_memory);
-  A* shared_right = shared_left + kOperandElements;
+__device__ const A* tile_product(int first, int end, const Left& left, const Right& right) {
   TileSums<A, LeftLayout, ExactLeft> sums;
   Step<A, LeftLayout> step;
   step.load(first, end, left, right);
 #pragma unroll 1
-  for (int64_t k = first; k < end; k += kDepth) {
+  for (int k = first; k < end; k += kDepth) {
     __syncthreads();  // what was there has been read
-    step.store(shared_left, shared_right);
+    step.store();
     __syncthreads();
     if (k + kDepth < end) step.load(k + kDepth, end, left, right);
-    sums.add_step(shared_left, shared_right);
+    sums.add_step();
   }
   __syncthreads();
-  sums.store(shared_left);
+  sums.store();
   __syncthreads();
-  return shared_left;
+  return left_operand<A>();
 }
 
 }  // namespace fused_bottleneck::cuda

@@ -102,6 +102,16 @@ inline void step(Fiber& fiber) {
 inline double shared_memory[cuda_emulator::kSharedBytes / sizeof(double)];
 
 using std::fma;
+inline uint32_t __float_as_uint(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, sizeof(v));
+  return v;
+}
 inline double rsqrt(double v) { return 1 / std::sqrt(v); }
 
 inline void __syncthreads() { cuda_emulator::wait_for(cuda_emulator::Wait::block); }

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <type_traits>
 
 #include "cuda_runtime.h"
@@ -50,21 +49,13 @@ inline void require_alignment(const float* matrix, unsigned stride) {
 
 // Rounds to nearest, ties away from zero.
 inline float __float_to_tf32(float value) {
-  if (!std::isfinite(value)) return value;
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  bits = (bits + 0x1000) & ~0x1fffu;
-  std::memcpy(&value, &bits, sizeof(bits));
-  return value;
+  return std::isfinite(value) ? __uint_as_float((__float_as_uint(value) + 0x1000) & ~0x1fffu)
+                              : value;
 }
 
 // What the multiplier sees of an element.
 inline float truncated(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if (std::isfinite(value)) bits &= ~0x1fffu;
-  std::memcpy(&value, &bits, sizeof(bits));
-  return value;
+  return std::isfinite(value) ? __uint_as_float(__float_as_uint(value) & ~0x1fffu) : value;
 }
 
 template <class Fragment>
