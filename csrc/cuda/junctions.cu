@@ -6,9 +6,9 @@
 // do not meet in it). A phase's work is cut by the shape alone, and blocks take it in turns: same
 // bits on every GPU. No atomics.
 //
-// Bytes: the operands once from memory, tiles again from L2. Operations: 2 W K^2 of a fold, half of
-// them for the symmetric B, on tensor cores three times (twice for 16-bit weights). Predicted for
-// an H200 in docs/algebra.md: a step of a tile takes 0.7 us, and a barrier of the grid 1.5.
+// Bytes: each matrix once from memory, tiles again from L2. Operations: 2 W K^2 of a fold, half of
+// them for the symmetric B, on tensor cores three times (twice for 16-bit weights). docs/algebra.md
+// predicts their time.
 #include <cooperative_groups.h>
 
 #include "coefficients.cuh"
@@ -18,8 +18,8 @@ namespace fused_bottleneck::cuda {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kTargetTiles = 256;  // of a phase: two for each multiprocessor of the largest GPUs
-constexpr int kLeastBlocks = 2;    // on a multiprocessor: their threads hide each other's loads
+constexpr int kTargetTasks = 264;  // two for each multiprocessor of the largest GPUs
+constexpr int kLeastBlocks = 2;    // on a multiprocessor: their threads hide each other's waits
 
 __device__ inline int lane() { return threadIdx.x % kWarp; }
 __device__ inline int warp() { return threadIdx.x / kWarp; }
@@ -70,14 +70,9 @@ __device__ void fold_tile(int tile, int width, int channels, const Fold& p) {
   Acc<T>* weight_cov = static_cast<Acc<T>*>(p.weight_cov);
   const int part = tile % tiles_along(channels), column = part * kTile;
   const int row = tile / tiles_along(channels) * kTile;
-  const A* product = tile_product<A, AlongDepth, kIsExact<T>>(
-      0, channels,
-      [&](int i, int k) -> A {
-        return row + i < width ? widen(weight[(row + i) * channels + k]) : A(0);
-      },
-      [&](int j, int k) -> A {
-        return column + j < channels ? static_cast<A>(cov[k * channels + column + j]) : A(0);
-      });
+  const A* product = tile_product<A, RowsAlongTile, kIsExact<T>>(
+      Operand<T>(weight, width, channels), row, Operand<C>(cov, channels, channels), column, 0,
+      channels);
   const int columns = channels - column < kTile ? channels - column : kTile;
   for (int i = warp(); i < kTile && row + i < width; i += kTileWarps) {
     const int at = (row + i) * channels + column;
@@ -139,7 +134,7 @@ struct OperandTasks {
   __host__ __device__ OperandTasks(int width, int channels) {
     const int side = tiles_along(channels);
     tiles = side * (side + 1) / 2;
-    const int wanted = ceil_div(kTargetTiles, tiles);
+    const int wanted = tiles < kTargetTasks ? kTargetTasks / tiles : 1;
     rows = ceil_div(ceil_div(width, wanted), 2 * kDepth) * 2 * kDepth;
     parts = ceil_div(width, rows);
   }
@@ -200,15 +195,9 @@ __device__ void operand_tile(int task, int width, int channels, const FoldBackwa
   int across = 0, down = task % tasks.tiles;
   while (down > across) down -= ++across;
   const int row = down * kTile, column = across * kTile;
-  const A* product = tile_product<A, AlongTile, kIsExact<T>>(
-      first, end,
-      [&](int i, int w) -> A {
-        return row + i < channels ? widen(weight[w * channels + row + i]) : A(0);
-      },
-      [&](int j, int w) -> A {
-        if (column + j >= channels) return 0;
-        return workspace.factor[w] * widen(weight[w * channels + column + j]);
-      });
+  const A* product = tile_product<A, RowsAlongDepth, kIsExact<T>>(
+      Operand<T>(weight, end, channels), row,
+      Operand<T, A>(weight, end, channels, workspace.factor), column, first, end);
   A* partial = workspace.partial + part * channels * channels;
   for (int at = threadIdx.x; at < kTile * kTile; at += kTileThreads) {
     const int i = at / kTile, j = at % kTile;

@@ -22,25 +22,35 @@ constexpr int kTile = 64;
 constexpr int kDepth = 32;  // terms of a step
 constexpr int kTileThreads = 128;
 constexpr int kTileWarps = kTileThreads / 32;
-constexpr int kShare = kTile * kDepth / kTileThreads;  // elements of an operand's step a thread
+constexpr int kVector = 4;  // elements of a row that a thread moves at a time
+constexpr int kVectors = kTile * kDepth / kTileThreads / kVector;  // of an operand's step a thread
 constexpr int kResultStride = kTile + 8;
 
-// How a step of an operand lies in shared memory: i along the tile, k along the sum. Padded so that
-// the threads of a warp, which read 8 x 4 elements at a time, touch 32 banks.
-struct AlongDepth {
+// How a step of an operand lies in shared memory: i along the tile, k along the sum; and which
+// vectors of it a thread moves. As in the operand's matrix, rows are along the tile or along the
+// sum. Padded so that the threads of a warp, which read 8 x 4 elements at a time, touch 32 banks.
+struct RowsAlongTile {
   static constexpr int kStride = kDepth + 4;
   __device__ static int index(int i, int k) { return i * kStride + k; }
-  __device__ static int i(int r) { return threadIdx.x / kDepth + r * (kTileThreads / kDepth); }
-  __device__ static int k(int) { return threadIdx.x % kDepth; }
+  __device__ static int i(int r) { return (threadIdx.x + r * kTileThreads) / (kDepth / kVector); }
+  __device__ static int k(int) { return threadIdx.x % (kDepth / kVector) * kVector; }
+  template <class Operand>
+  __device__ static auto load(const Operand& operand, int i, int k) {
+    return operand.load(i, k);
+  }
 };
-struct AlongTile {
+struct RowsAlongDepth {
   static constexpr int kStride = kTile + 8;
   __device__ static int index(int i, int k) { return k * kStride + i; }
-  __device__ static int i(int) { return threadIdx.x % kTile; }
-  __device__ static int k(int r) { return threadIdx.x / kTile + r * (kTileThreads / kTile); }
+  __device__ static int i(int) { return threadIdx.x % (kTile / kVector) * kVector; }
+  __device__ static int k(int r) { return (threadIdx.x + r * kTileThreads) / (kTile / kVector); }
+  template <class Operand>
+  __device__ static auto load(const Operand& operand, int i, int k) {
+    return operand.load(k, i);
+  }
 };
-constexpr int kOperandElements = kTile * AlongDepth::kStride;
-static_assert(kOperandElements == kDepth * AlongTile::kStride);
+constexpr int kOperandElements = kTile * RowsAlongTile::kStride;
+static_assert(kOperandElements == kDepth * RowsAlongDepth::kStride);
 static_assert(2 * kOperandElements == kTile * kResultStride,
               "the result takes the operands' place");
 
@@ -69,7 +79,7 @@ class FmaSums {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) l[i] = left[LeftLayout::index(row(i), k)];
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) r[j] = right[AlongTile::index(column(j), k)];
+      for (int j = 0; j < kColumns; ++j) r[j] = right[RowsAlongDepth::index(column(j), k)];
 #pragma unroll
       for (int i = 0; i < kRows; ++i)
 #pragma unroll
@@ -157,8 +167,8 @@ class TensorSums {
  private:
   static constexpr int kSide = 16, kCount = 2;  // fragments of kSide x kSide, kCount x kCount
   using Tf32 = wmma::precision::tf32;
-  using Order =
-      std::conditional_t<std::is_same_v<LeftLayout, AlongDepth>, wmma::row_major, wmma::col_major>;
+  using Order = std::conditional_t<std::is_same_v<LeftLayout, RowsAlongTile>, wmma::row_major,
+                                   wmma::col_major>;
   using Left = wmma::fragment<wmma::matrix_a, kSide, kSide, 8, Tf32, Order>;
   using Right = wmma::fragment<wmma::matrix_b, kSide, kSide, 8, Tf32, wmma::row_major>;
   using Sum = wmma::fragment<wmma::accumulator, kSide, kSide, 8, float>;
@@ -171,7 +181,8 @@ class TensorSums {
     const float *left = left_operand<float>(), *right = right_operand<float>();
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      const Split<Right, false> r(right + AlongTile::index(column(j), k), AlongTile::kStride);
+      const Split<Right, false> r(right + RowsAlongDepth::index(column(j), k),
+                                  RowsAlongDepth::kStride);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const Split<Left, ExactLeft> l(left + LeftLayout::index(row(i), k), LeftLayout::kStride);
@@ -193,51 +204,103 @@ template <class A, class LeftLayout, bool ExactLeft>
 using TileSums = FmaSums<A, LeftLayout>;
 #endif
 
-// A thread's elements of a step of both operands, on their way to shared memory.
-template <class A, class LeftLayout>
-class Step {
- public:
-  template <class Left, class Right>
-  __device__ void load(int first, int end, const Left& left, const Right& right) {
-#pragma unroll
-    for (int r = 0; r < kShare; ++r) {
-      const int k = first + LeftLayout::k(r);
-      left_[r] = k < end ? left(LeftLayout::i(r), k) : A(0);
-    }
-#pragma unroll
-    for (int r = 0; r < kShare; ++r) {
-      const int k = first + AlongTile::k(r);
-      right_[r] = k < end ? right(AlongTile::i(r), k) : A(0);
-    }
-  }
+template <class T>
+struct alignas(sizeof(T) < 4 ? kVector * sizeof(T) : 16) Vector {
+  T v[kVector];
+};
 
-  __device__ void store() const {
-    A *left = left_operand<A>(), *right = right_operand<A>();
+// A matrix [rows, columns], its rows times their factors if there are any; zero outside.
+template <class T, class Factor = T>
+class Operand {
+ public:
+  // As it was loaded: whoever converts it waits for it.
+  struct Part {
+    Vector<T> values = {};
+    Factor factor = narrow<Factor>(1);
+
+    template <class A>
+    __device__ Vector<A> product() const {
+      Vector<A> out;
 #pragma unroll
-    for (int r = 0; r < kShare; ++r) {
-      left[LeftLayout::index(LeftLayout::i(r), LeftLayout::k(r))] = left_[r];
-      right[AlongTile::index(AlongTile::i(r), AlongTile::k(r))] = right_[r];
+      for (int e = 0; e < kVector; ++e)
+        out.v[e] = static_cast<A>(widen(values.v[e])) * static_cast<A>(widen(factor));
+      return out;
     }
+  };
+
+  __device__ Operand(const T* data, int rows, int columns, const Factor* factors = nullptr)
+      : data_(data),
+        factors_(factors),
+        rows_(rows),
+        columns_(columns),
+        whole_(columns % kVector == 0 &&
+               reinterpret_cast<uintptr_t>(data) % alignof(Vector<T>) == 0) {}
+
+  __device__ Part load(int row, int column) const {
+    Part part;
+    if (row >= rows_ || column >= columns_) return part;
+    const T* from = data_ + row * columns_ + column;
+    if (whole_)
+      part.values = *reinterpret_cast<const Vector<T>*>(from);
+    else
+      for (int e = 0; e < kVector && column + e < columns_; ++e) part.values.v[e] = from[e];
+    if (factors_ != nullptr) part.factor = factors_[row];
+    return part;
   }
 
  private:
-  A left_[kShare], right_[kShare];
+  const T* data_;
+  const Factor* factors_;
+  int rows_, columns_;
+  bool whole_;
 };
 
-// sum over k of [first, end) of left(i, k) right(j, k), for i and j below kTile: the tile, in
-// shared memory, row i beginning at i * kResultStride. The functions know where their matrices end
-// along the tile. The loads of a step are under way while the one before is multiplied.
+// A thread's vectors of a step of an operand, on their way to shared memory.
+template <class Layout, class Source>
+class Step {
+ public:
+  __device__ explicit Step(const Source& source) : source_(source) {}
+
+  __device__ void load(int i, int k) {
+#pragma unroll
+    for (int r = 0; r < kVectors; ++r)
+      parts_[r] = Layout::load(source_, i + Layout::i(r), k + Layout::k(r));
+  }
+
+  template <class A>
+  __device__ void store(A* shared) const {
+#pragma unroll
+    for (int r = 0; r < kVectors; ++r)
+      *reinterpret_cast<Vector<A>*>(shared + Layout::index(Layout::i(r), Layout::k(r))) =
+          parts_[r].template product<A>();
+  }
+
+ private:
+  Source source_;
+  typename Source::Part parts_[kVectors];
+};
+
+// The tile at (row, column) of the product of two matrices over the terms [first, end), in shared
+// memory: row i begins at i * kResultStride. The right operand's rows are along the sum. The loads
+// of a step are under way while the one before is multiplied.
 template <class A, class LeftLayout, bool ExactLeft, class Left, class Right>
-__device__ const A* tile_product(int first, int end, const Left& left, const Right& right) {
+__device__ const A* tile_product(const Left& left, int row, const Right& right, int column,
+                                 int first, int end) {
   TileSums<A, LeftLayout, ExactLeft> sums;
-  Step<A, LeftLayout> step;
-  step.load(first, end, left, right);
+  Step<LeftLayout, Left> left_step(left);
+  Step<RowsAlongDepth, Right> right_step(right);
+  left_step.load(row, first);
+  right_step.load(column, first);
 #pragma unroll 1
   for (int k = first; k < end; k += kDepth) {
     __syncthreads();  // what was there has been read
-    step.store();
+    left_step.store(left_operand<A>());
+    right_step.store(right_operand<A>());
     __syncthreads();
-    if (k + kDepth < end) step.load(k + kDepth, end, left, right);
+    if (k + kDepth < end) {
+      left_step.load(row, k + kDepth);
+      right_step.load(column, k + kDepth);
+    }
     sums.add_step();
   }
   __syncthreads();
