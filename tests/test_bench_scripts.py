@@ -11,6 +11,7 @@ import torch
 from test_benchmarks import CPU, TINY, TINY_DOWNSAMPLE, WrongBlock, inputs_of
 
 from benchmarks import (
+    bench_junctions,
     bench_resnet50,
     bench_scaling,
     bench_stages,
@@ -317,3 +318,13 @@ def test_timm_block_has_the_plain_parameters() -> None:
     block = cases.new_block(peers.TimmBottleneck, TINY, True)
     plain = cases.new_block(Bottleneck, TINY, True)
     assert list(dict(block.named_parameters())) == list(dict(plain.named_parameters()))
+
+
+def test_bench_junctions_times_every_variant(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_junctions, "SIZES", [(16, 32)])
+    assert bench_junctions.main(["--device", "cpu", "--rounds", "1"]) == 0
+    header, _, *rows = [line for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert "fold launch" in header
+    assert sum(row.startswith("| 16, 32") for row in rows) == 2

@@ -52,6 +52,24 @@ def test_no_kernel_spills() -> None:
         assert int(stack) == 0, name
 
 
+@pytest.mark.slow
+def test_products_of_coefficients_are_on_tensor_cores() -> None:
+    """In float32, and of 16-bit weights; those in float64 are not."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        pytest.skip("TORCH_CUDA_ARCH_LIST is set")
+    on_tensor_cores = set()
+    for function in cuobjdump("-sass", "-arch", "sm_90").split("Function : ")[1:]:
+        kernel = re.match(r"\S*?\d(fold\w*_kernel)I(\S+?)EE", function)
+        if kernel and "HMMA.1684.F32.TF32" in function:
+            on_tensor_cores.add(kernel.groups())
+    half, bfloat16 = "6__half", "13__nv_bfloat16"
+    forward = ["ff", *(first + second for first in (half, bfloat16) for second in "fd")]
+    assert on_tensor_cores == {
+        *(("fold_kernel", types) for types in forward),
+        *(("fold_backward_kernel", types) for types in ("f", half, bfloat16)),
+    }
+
+
 def test_undefined_symbols() -> None:
     """Of torch only the stable ABI; of CUDA nothing, as its runtime is linked in."""
     nm = shutil.which("nm")
