@@ -19,8 +19,9 @@
 
 #include "kernels.h"
 
-// Dynamic shared memory; never more than the 48 KiB that every GPU grants unasked.
-extern __shared__ double shared_memory[];
+// Dynamic shared memory; never more than the 48 KiB that every GPU grants unasked. Aligned as
+// tensor cores' loads ask for.
+alignas(32) extern __shared__ double shared_memory[];
 
 namespace fused_bottleneck::cuda {
 

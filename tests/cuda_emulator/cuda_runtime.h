@@ -99,7 +99,7 @@ inline void step(Fiber& fiber) {
 
 }  // namespace cuda_emulator
 
-inline double shared_memory[cuda_emulator::kSharedBytes / sizeof(double)];
+alignas(32) inline double shared_memory[cuda_emulator::kSharedBytes / sizeof(double)];
 
 using std::fma;
 inline uint32_t __float_as_uint(float v) {
