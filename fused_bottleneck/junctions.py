@@ -1,8 +1,8 @@
 """The algebra around the normalisations, one launch per junction where this library's ops are.
 
 As torch operations it is four launches a narrow normalisation forward and three backward, and a
-dozen a tail unit each way. With one each, 10 and 16 launches remain of an identity block's 18 and
-26 with the Triton kernels.
+dozen a tail unit each way, as Triton kernels two and three. With one each, 11 and 20 launches
+remain of an identity block's 18 and 26 with the Triton kernels.
 """
 
 import torch
