@@ -17,9 +17,9 @@ gpu_parallel = $(if $(shell $(interpreter) -c "import xdist; print(1)" 2>/dev/nu
 sources := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 emulator := $(wildcard tests/cuda_emulator/*)
 
-gpu_tests := $(shell grep -l "mark\.gpu" tests/*.py)
+gpu_tests := $(shell grep -l "mark\.gpu\|ON_GPU" tests/test_*.py)
 # Every kernel at small sizes: the sanitizer takes a hundred times as long.
-sanitized := tests/test_cuda.py tests/test_cuda_passes.py -m gpu -k "test_stage or agrees or misaligned"
+sanitized := tests/test_cuda.py tests/test_cuda_passes.py tests/test_cuda_junctions.py -m gpu -k "test_stage or agrees or misaligned"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

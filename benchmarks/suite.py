@@ -66,7 +66,8 @@ def _gpu_tests() -> tuple[str, ...]:
 
 
 def _has_gpu_tests(path: Path) -> bool:
-    return "mark.gpu" in path.read_text()
+    text = path.read_text()
+    return "mark.gpu" in text or "ON_GPU" in text
 
 
 def parts(device: str, output: Path, quick: bool) -> list[Part]:

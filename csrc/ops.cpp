@@ -57,22 +57,25 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
       "bn_backward_coefficients(Tensor invstd, Tensor sum_g, Tensor sum_g_xhat, int count) -> "
       "Tensor");
 
-  // Of a weight [W, K], product = weight cov [W, K], centre and mean_d [K]: the folded weight
-  // [W, K] in the weight's dtype; mean, var, invstd, offset, shift [5, W].
-  m.def(
-      "fold_rows(Tensor weight, Tensor product, Tensor? gamma, Tensor? beta, float eps, "
-      "Tensor centre, Tensor mean_d) -> (Tensor folded, Tensor vectors)");
+  // round(gamma invstd weight) [W, K].
+  m.def("folded_weight(Tensor weight, Tensor? gamma, Tensor invstd) -> Tensor");
 
-  // The weight's gradient [W, K] in its dtype, dgamma [W], scaled = -scale invstd dgamma / count
-  // weight [W, K], for which b = weight^T scaled. Without mean_d and product (fixed statistics):
-  // scaled is [0, K].
+  // Of a weight [W, K], cov [K, K] in the accumulation dtype or in float64, centre and mean_d [K]:
+  // the folded weight [W, K] in the weight's dtype; weight cov [W, K]; mean + bias and var [2, W];
+  // invstd, offset, shift [3, W].
   m.def(
-      "fold_backward_rows(Tensor weight, Tensor? gamma, Tensor invstd, Tensor offset, "
-      "Tensor centre, Tensor? mean_d, Tensor? product, Tensor s, Tensor sum_g, int count) -> "
-      "(Tensor grad_weight, Tensor dgamma, Tensor scaled)");
+      "fold(Tensor weight, Tensor cov, Tensor? gamma, Tensor? beta, Tensor? bias, float eps, "
+      "Tensor centre, Tensor mean_d) -> "
+      "(Tensor folded, Tensor weight_cov, Tensor reported, Tensor vectors)");
 
-  // shift = -(sum_g / count) a - mean_d b [K], of a [W, K] and b [K, K] in the weight's dtype.
-  m.def("operand_shift(Tensor a, Tensor b, Tensor sum_g, Tensor mean_d, int count) -> Tensor");
+  // The weight's gradient [W, K] in its dtype; those of gamma and the bias [2, W]; b = -weight^T
+  // diag(k) weight [K, K] in the weight's dtype, where k = scale invstd dgamma / count; shift =
+  // -(sum_g / count) a - mean_d b [K]. Without mean_d and weight_cov (fixed statistics): b and
+  // shift are empty.
+  m.def(
+      "fold_backward(Tensor weight, Tensor? gamma, Tensor invstd, Tensor offset, Tensor centre, "
+      "Tensor? mean_d, Tensor? weight_cov, Tensor a, Tensor s, Tensor sum_g, int count) -> "
+      "(Tensor grad_weight, Tensor grads, Tensor b, Tensor shift)");
 
   // --- Fused 1x1 products, float32, channels in multiples of 16 (has_products: on this CPU). ---
   // A weight is [K, C] with any strides. Sums over pixels: float32 in a block of rows, float64

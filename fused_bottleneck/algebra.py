@@ -129,6 +129,62 @@ def fold(
     return Folded(folded, shift)
 
 
+class FoldForward(NamedTuple):
+    """A normalisation with batch statistics folded into the convolution before it: the folded
+    convolution, mean (with the bias) and biased variance of its output, invstd and offset ``[W]``,
+    and ``weight cov`` ``[W, K]``."""
+
+    folded: Folded
+    mean: Tensor
+    var: Tensor
+    invstd: Tensor
+    offset: Tensor
+    weight_cov: Tensor
+
+
+def fold_forward(
+    weight: Tensor,
+    cov: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centre: Tensor,
+    mean_d: Tensor,
+) -> FoldForward:
+    """From mean_d and cov to the folded convolution, for a weight in the compute dtype.
+
+    In float64 up to invstd, whose roundings would be those of a difference (docs/algebra.md).
+    """
+    wide = weight.double()
+    arguments = gamma, beta, bias, eps, centre, mean_d.double()
+    return fold_product(wide, wide @ cov.double(), *arguments, weight.dtype)
+
+
+def fold_product(
+    weight: Tensor,
+    weight_cov: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centre: Tensor,
+    mean_d: Tensor,
+    dtype: torch.dtype,
+) -> FoldForward:
+    """From ``weight cov`` to the folded convolution in the compute dtype; up to invstd in that of
+    weight, weight_cov and mean_d."""
+    acc = accumulation_dtype(dtype)
+    var = folded_variance(weight, weight_cov)
+    mean = weight @ (mean_d + centre)
+    offset = folded_offset(weight, centre, mean_d, None).to(acc)
+    invstd = inverse_std(var, eps).to(acc)
+    scale = bn_scale(gamma, invstd)
+    folded = fold(weight.to(acc), scale, offset, beta, mean_d.to(acc), dtype)
+    reported = (mean if bias is None else mean + bias).to(acc)
+    return FoldForward(folded, reported, var.to(acc), invstd, offset, weight_cov.to(acc))
+
+
 def folded_dgamma(
     weight: Tensor, invstd: Tensor, offset: Tensor, s: Tensor, sum_g: Tensor
 ) -> Tensor:
@@ -233,3 +289,43 @@ def folded_factor(scale: Tensor, invstd: Tensor, dgamma: Tensor, count: int) -> 
 def operand_shift(a: Tensor, b: Tensor, sum_g: Tensor, mean_d: Tensor, count: int) -> Tensor:
     """``-(sum_g / count) a - mean_d b``, ``[K]``: the constant of the operand's gradient."""
     return -((sum_g / count) @ a.to(sum_g.dtype)) - mean_d @ b.to(sum_g.dtype)
+
+
+class FoldBackward(NamedTuple):
+    """The gradients of a folded unit's weight ``[W, K]``, gamma and convolution's bias ``[W]``, and
+    the coefficients of its operand's gradient."""
+
+    dweight: Tensor
+    dgamma: Tensor
+    dbias: Tensor
+    coefficients: OperandGrad
+
+
+def fold_backward(
+    weight: Tensor,
+    gamma: Tensor | None,
+    invstd: Tensor,
+    offset: Tensor,
+    centre: Tensor,
+    mean_d: Tensor | None,
+    weight_cov: Tensor | None,
+    a: Tensor,
+    s: Tensor,
+    sum_g: Tensor,
+    count: int,
+    product: MatrixProduct = torch.matmul,
+) -> FoldBackward:
+    """From ``S = g^T D`` and sum_g over count pixels to a folded unit's gradients, for a weight in
+    the compute dtype. mean_d and weight_cov None: fixed statistics.
+
+    The bias's gradient is the sum of dy: zero before batch statistics, ``scale * sum_g`` otherwise.
+    """
+    matrix = weight.to(invstd.dtype)
+    scale = bn_scale(gamma, invstd)
+    dgamma = folded_dgamma(matrix, invstd, offset, s, sum_g)
+    dweight = folded_dweight(scale, invstd, centre, mean_d, weight_cov, s, sum_g, dgamma)
+    coefficients = folded_operand_grad(
+        matrix, a, scale, invstd, mean_d, sum_g, dgamma, count, product
+    )
+    dbias = scale * sum_g if mean_d is None else torch.zeros_like(sum_g)
+    return FoldBackward(dweight, dgamma, dbias, coefficients)

@@ -1,7 +1,7 @@
 """The coefficient ops of csrc/ops.cpp on CPU: compositions of algebra.py.
 
-On CUDA each is one kernel (csrc/cuda/coefficients.cu); these give the same schemas a meaning on
-every machine, for the stages that call them and as their oracle.
+On CUDA each is one launch (csrc/cuda/coefficients.cu, junctions.cu); these give the same schemas a
+meaning on every machine, for the stages that call them and as their oracle.
 """
 
 from collections.abc import Callable
@@ -38,54 +38,52 @@ def bn_backward_coefficients(
     return torch.stack([bn.k0, bn.k1])
 
 
-def fold_rows(
+def folded_weight(weight: Tensor, gamma: Tensor | None, invstd: Tensor) -> Tensor:
+    """``algebra.folded_weight``."""
+    scale = algebra.bn_scale(gamma, invstd)
+    return algebra.folded_weight(weight.to(invstd.dtype), scale, weight.dtype)
+
+
+def fold(
     weight: Tensor,
-    product: Tensor,
+    cov: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     centre: Tensor,
     mean_d: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """``algebra.fold`` with batch statistics, from ``product = weight cov``: the folded weight, and
-    mean, var, invstd, offset, shift ``[5, W]``."""
-    matrix = weight.to(mean_d.dtype)
-    var = algebra.folded_variance(matrix, product)
-    offset = algebra.folded_offset(matrix, centre, mean_d, None)
-    invstd = algebra.inverse_std(var, eps)
-    scale = algebra.bn_scale(gamma, invstd)
-    folded = algebra.fold(matrix, scale, offset, beta, mean_d, weight.dtype)
-    mean = matrix @ (mean_d + centre)
-    return folded.weight, torch.stack([mean, var, invstd, offset, folded.shift])
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``algebra.fold_forward``: the folded weight, ``weight cov``, the reported moments ``[2, W]``,
+    and invstd, offset, shift ``[3, W]``."""
+    folded, mean, var, invstd, offset, weight_cov = algebra.fold_forward(
+        weight, cov, gamma, beta, bias, eps, centre, mean_d
+    )
+    vectors = torch.stack([invstd, offset, folded.shift])
+    return folded.weight, weight_cov, torch.stack([mean, var]), vectors
 
 
-def fold_backward_rows(
+def fold_backward(
     weight: Tensor,
     gamma: Tensor | None,
     invstd: Tensor,
     offset: Tensor,
     centre: Tensor,
     mean_d: Tensor | None,
-    product: Tensor | None,
+    weight_cov: Tensor | None,
+    a: Tensor,
     s: Tensor,
     sum_g: Tensor,
     count: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``algebra.folded_dweight`` and ``folded_dgamma``, and the left side of ``b = weight^T k``."""
-    matrix = weight.to(invstd.dtype)
-    scale = algebra.bn_scale(gamma, invstd)
-    dgamma = algebra.folded_dgamma(matrix, invstd, offset, s, sum_g)
-    grad = algebra.folded_dweight(scale, invstd, centre, mean_d, product, s, sum_g, dgamma)
-    if product is None:
-        scaled = matrix.new_empty(0, matrix.shape[1])
-    else:
-        scaled = algebra.folded_factor(scale, invstd, dgamma, count)[:, None] * -matrix
-    return grad.to(weight.dtype), dgamma, scaled
-
-
-def operand_shift(a: Tensor, b: Tensor, sum_g: Tensor, mean_d: Tensor, count: int) -> Tensor:
-    """``algebra.operand_shift``."""
-    return algebra.operand_shift(a, b, sum_g, mean_d, count)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``algebra.fold_backward``: the gradients of the weight, and of gamma and the bias ``[2, W]``;
+    b and shift, empty where statistics are fixed."""
+    dweight, dgamma, dbias, (_, b, shift) = algebra.fold_backward(
+        weight, gamma, invstd, offset, centre, mean_d, weight_cov, a, s, sum_g, count
+    )
+    b = weight.new_empty(0, 0) if b is None else b
+    shift = invstd.new_empty(0) if shift is None else shift
+    return dweight.to(weight.dtype), torch.stack([dgamma, dbias]), b, shift
 
 
 # Fake kernels: shapes and dtypes of the results.
@@ -99,11 +97,17 @@ def _fake_bn_backward_coefficients(invstd: Tensor, *args: object) -> Tensor:
     return invstd.new_empty(2, invstd.shape[0])
 
 
-def _fake_fold_rows(weight: Tensor, product: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(weight), product.new_empty(5, weight.shape[0])
+def _fake_folded_weight(weight: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(weight)
 
 
-def _fake_fold_backward_rows(
+def _fake_fold(weight: Tensor, cov: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc, width = algebra.accumulation_dtype(weight.dtype), weight.shape[0]
+    vectors = [weight.new_empty(count, width, dtype=acc) for count in (2, 3)]
+    return torch.empty_like(weight), torch.empty_like(weight, dtype=acc), vectors[0], vectors[1]
+
+
+def _fake_fold_backward(
     weight: Tensor,
     gamma: Tensor | None,
     invstd: Tensor,
@@ -111,22 +115,19 @@ def _fake_fold_backward_rows(
     centre: Tensor,
     mean_d: Tensor | None,
     *args: object,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     width, channels = weight.shape
-    scaled = invstd.new_empty(0 if mean_d is None else width, channels)
-    return torch.empty_like(weight), torch.empty_like(invstd), scaled
-
-
-def _fake_operand_shift(a: Tensor, b: Tensor, sum_g: Tensor, mean_d: Tensor, count: int) -> Tensor:
-    return torch.empty_like(mean_d)
+    side = 0 if mean_d is None else channels
+    b, shift = weight.new_empty(side, side), invstd.new_empty(side)
+    return torch.empty_like(weight), invstd.new_empty(2, width), b, shift
 
 
 KERNELS: dict[str, tuple[Callable[..., object], Callable[..., object]]] = {
     "bn_coefficients": (bn_coefficients, _fake_bn_coefficients),
     "bn_backward_coefficients": (bn_backward_coefficients, _fake_bn_backward_coefficients),
-    "fold_rows": (fold_rows, _fake_fold_rows),
-    "fold_backward_rows": (fold_backward_rows, _fake_fold_backward_rows),
-    "operand_shift": (operand_shift, _fake_operand_shift),
+    "folded_weight": (folded_weight, _fake_folded_weight),
+    "fold": (fold, _fake_fold),
+    "fold_backward": (fold_backward, _fake_fold_backward),
 }
 
 

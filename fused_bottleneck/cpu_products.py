@@ -11,13 +11,12 @@ What these cannot take (channels that are no multiple of 16, other kernels) goes
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import algebra
-from .algebra import Folded, OperandGrad
+from .algebra import FoldForward, OperandGrad
 from .cpu import CpuStages
 from .operands import (
     Activation,
@@ -34,7 +33,6 @@ from .scratch import result_empty
 from .stages import (
     ConvTerm,
     FoldedTerm,
-    FoldForward,
     GradSums,
     InputTerm,
     Moments,
@@ -69,13 +67,6 @@ def _is_winograd(weight: Tensor, geometry: Geometry) -> bool:
 def _nhwc(t: Tensor) -> Tensor:
     """The ``[N, H, W, C]`` view of a ``[N, C, H, W]`` tensor."""
     return t.permute(0, 2, 3, 1)
-
-
-def _folded(weight: Tensor, weight_cov: Tensor, *arguments: Any) -> FoldForward:
-    """The fold from ``W cov``; arguments: those of the op after it."""
-    folded, vectors = _passes.fold_rows(weight, weight_cov, *arguments)
-    mean, var, invstd, offset, shift = vectors.unbind()
-    return FoldForward(Folded(folded, shift), Moments(mean, var), invstd, offset, weight_cov)
 
 
 class CpuProductStages(CpuStages):
@@ -187,6 +178,7 @@ class CpuProductStages(CpuStages):
         weight: Tensor,
         gamma: Tensor | None,
         beta: Tensor | None,
+        bias: Tensor | None,
         eps: float,
         centre: Tensor,
         mean_d: Tensor,
@@ -198,9 +190,10 @@ class CpuProductStages(CpuStages):
             weight_cov = self._matrix_product(rows, cov.float())
             independent = torch.mv(rows.square(), cov.diagonal().float())
             if not needs_double(independent, algebra.folded_variance(rows, weight_cov)):
-                return _folded(rows, weight_cov, gamma, beta, eps, centre, mean_d.float())
+                arguments = gamma, beta, bias, eps, centre, mean_d.float()
+                return algebra.fold_product(rows, weight_cov, *arguments, rows.dtype)
             mean_d, cov = self._covariance(d, _passes.gram_in_double)
-        return super().fold(weight, gamma, beta, eps, centre, mean_d, cov)
+        return super().fold(weight, gamma, beta, bias, eps, centre, mean_d, cov)
 
     def _tail_images(
         self,

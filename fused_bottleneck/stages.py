@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from . import algebra
-from .algebra import Folded, OperandGrad, accumulation_dtype
+from .algebra import FoldBackward, Folded, FoldForward, OperandGrad, accumulation_dtype
 from .operands import (
     POINTWISE,
     Activation,
@@ -75,26 +75,6 @@ class FoldedTerm(NamedTuple):
 
     operand: Operand
     folded: Folded
-
-
-class FoldForward(NamedTuple):
-    """A normalisation with batch statistics folded into the convolution before it: the folded
-    convolution, the moments of its output, invstd and offset ``[W]``, and ``W cov`` ``[W, K]``."""
-
-    folded: Folded
-    moments: Moments
-    invstd: Tensor
-    offset: Tensor
-    weight_cov: Tensor
-
-
-class FoldBackward(NamedTuple):
-    """The gradients of gamma ``[W]`` and of the weight ``[W, K]`` of a folded unit, and the
-    coefficients of its operand's gradient."""
-
-    dgamma: Tensor
-    dweight: Tensor
-    coefficients: OperandGrad
 
 
 class InputTerm(NamedTuple):
@@ -335,22 +315,14 @@ class Stages:
         weight: Tensor,
         gamma: Tensor | None,
         beta: Tensor | None,
+        bias: Tensor | None,
         eps: float,
         centre: Tensor,
         mean_d: Tensor,
         cov: Tensor,
     ) -> FoldForward:
         """F3 to F4: fold a normalisation with batch statistics into a weight ``[W, K, 1, 1]``."""
-        acc = accumulation_dtype(weight.dtype)
-        wide_w, matrix_w = weight.flatten(1).double(), weight.flatten(1).to(acc)
-        weight_cov = wide_w @ cov.double()
-        var = algebra.folded_variance(wide_w, weight_cov)
-        moments = Moments((wide_w @ (mean_d + centre).double()).to(acc), var.to(acc))
-        offset = algebra.folded_offset(wide_w, centre, mean_d.double(), None).to(acc)
-        invstd = algebra.inverse_std(var, eps).to(acc)
-        scale = algebra.bn_scale(gamma, invstd)
-        folded = algebra.fold(matrix_w, scale, offset, beta, mean_d.to(acc), weight.dtype)
-        return FoldForward(folded, moments, invstd, offset, weight_cov.to(acc))
+        return algebra.fold_forward(weight.flatten(1), cov, gamma, beta, bias, eps, centre, mean_d)
 
     def tail_forward(
         self, terms: Sequence[FoldedTerm], residuals: Sequence[Tensor], channels_last: bool
@@ -397,16 +369,20 @@ class Stages:
 
         mean_d and weight_cov None: fixed statistics.
         """
-        matrix_w = weight.flatten(1).to(invstd.dtype)
-        scale = algebra.bn_scale(gamma, invstd)
-        dgamma = algebra.folded_dgamma(matrix_w, invstd, offset, s, sum_g)
-        dweight = algebra.folded_dweight(
-            scale, invstd, centre, mean_d, weight_cov, s, sum_g, dgamma
+        return algebra.fold_backward(
+            weight.flatten(1),
+            gamma,
+            invstd,
+            offset,
+            centre,
+            mean_d,
+            weight_cov,
+            a,
+            s,
+            sum_g,
+            count,
+            self._matrix_product,
         )
-        coefficients = algebra.folded_operand_grad(
-            matrix_w, a, scale, invstd, mean_d, sum_g, dgamma, count, self._matrix_product
-        )
-        return FoldBackward(dgamma, dweight, coefficients)
 
     def tail_wgrad(
         self, grad: MaskedGrad, operands: Sequence[Operand], weights: Sequence[Tensor]

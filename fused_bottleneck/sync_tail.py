@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import algebra, collectives
+from .algebra import FoldForward
 from .collectives import Part, Whole
-from .stages import FoldedTerm, FoldForward, Moments, Operand, Stages
+from .stages import FoldedTerm, Moments, Operand, Stages
 from .tail import TailBackward, TailForward, TailState, fixed_forward, folded_backward
 from .units import Unit, UnitGrads
 
@@ -21,7 +22,7 @@ def forward(
     """F3 and the fold of the tail units, on this rank's pixels of the output."""
     pairs = list(zip(units, operands, strict=True))
     folds = [_local_fold(unit, stages, operand) for unit, operand in pairs if unit.batch]
-    parts = [Part(pixels, fold.moments, mean) for fold, mean in folds]
+    parts = [Part(pixels, Moments(fold.mean, fold.var), mean) for fold, mean in folds]
     wholes = collectives.all_reduce_moments(group, parts) if parts else []
     source = iter(zip(folds, wholes, strict=True))
     results = []
@@ -39,7 +40,8 @@ def _local_fold(unit: Unit, stages: Stages, operand: Operand) -> tuple[FoldForwa
     the mean of the operand in float64."""
     assert operand.centre is not None
     mean_d, cov = stages.gram(operand)
-    fold = stages.fold(unit.weight, unit.gamma, unit.beta, unit.eps, operand.centre, mean_d, cov)
+    arguments = unit.gamma, unit.beta, None, unit.eps, operand.centre, mean_d, cov
+    fold = stages.fold(unit.weight, *arguments)
     return fold, mean_d.double() + operand.centre
 
 

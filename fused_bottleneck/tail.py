@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import algebra
@@ -116,13 +115,12 @@ def _folded_forward(unit: Unit, stages: Stages, operand: Operand, pixels: int) -
     centre = operand.centre
     assert centre is not None
     mean_d, cov = stages.gram(operand)
-    folded, moments, invstd, offset, weight_cov = stages.fold(
-        unit.weight, unit.gamma, unit.beta, unit.eps, centre, mean_d, cov
+    folded, mean, var, invstd, offset, weight_cov = stages.fold(
+        unit.weight, unit.gamma, unit.beta, unit.bias, unit.eps, centre, mean_d, cov
     )
     state = TailState(centre, invstd, offset, mean_d.to(invstd.dtype), weight_cov)
-    return TailForward(
-        FoldedTerm(operand, folded), None, state, unit.reported(moments, bessel(pixels))
-    )
+    reported = [mean, var * bessel(pixels)]
+    return TailForward(FoldedTerm(operand, folded), None, state, reported)
 
 
 def fixed_forward(unit: Unit, operand: Operand) -> TailForward:
@@ -160,10 +158,9 @@ def folded_backward(
 ) -> TailBackward:
     """Parameter gradients and operand-gradient coefficients from ``S = g^T D`` and sum_g."""
     centre, invstd, offset, mean_d, weight_cov = state[:5]
-    dgamma, dweight, coefficients = stages.fold_backward(
+    dweight, dgamma, dbias, coefficients = stages.fold_backward(
         unit.weight, unit.gamma, invstd, offset, centre, mean_d, weight_cov, a, s, sum_g, count
     )
-    dbias = torch.zeros_like(sum_g) if unit.batch else unit.scale(invstd) * sum_g
     return TailBackward(UnitGrads(dweight, dbias, dgamma, sum_g), coefficients, None)
 
 

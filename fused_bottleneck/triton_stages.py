@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from . import extension, rules
-from .algebra import OperandGrad
+from .algebra import FoldBackward, FoldForward, OperandGrad
 from .junctions import JunctionStages
 from .kernels import conv1x1, conv2d, fold, gram, pointwise, tail, wgrad
 from .operands import POINTWISE, Activation, ConvGrad, Geometry, MaskedGrad
 from .stages import (
     ConvTerm,
-    FoldBackward,
     FoldedTerm,
-    FoldForward,
     GradSums,
     InputTerm,
     Moments,
@@ -124,12 +122,15 @@ class TritonStages(JunctionStages):
         weight: Tensor,
         gamma: Tensor | None,
         beta: Tensor | None,
+        bias: Tensor | None,
         eps: float,
         centre: Tensor,
         mean_d: Tensor,
         cov: Tensor,
     ) -> FoldForward:
-        return fold.fold(weight.contiguous(), gamma, beta, eps, centre, mean_d, cov)
+        if self.has_junctions:
+            return super().fold(weight, gamma, beta, bias, eps, centre, mean_d, cov)
+        return fold.fold(weight.contiguous(), gamma, beta, bias, eps, centre, mean_d, cov)
 
     def tail_forward(
         self, terms: Sequence[FoldedTerm], residuals: Sequence[Tensor], channels_last: bool
@@ -144,6 +145,8 @@ class TritonStages(JunctionStages):
     # Backward.
 
     def folded_weight(self, weight: Tensor, gamma: Tensor | None, invstd: Tensor) -> Tensor:
+        if self.has_junctions:
+            return super().folded_weight(weight, gamma, invstd)
         return fold.folded_weight(weight.contiguous(), gamma, invstd)
 
     def fold_backward(
@@ -160,7 +163,7 @@ class TritonStages(JunctionStages):
         sum_g: Tensor,
         count: int,
     ) -> FoldBackward:
-        if mean_d is None or weight_cov is None:
+        if self.has_junctions or mean_d is None or weight_cov is None:
             return super().fold_backward(
                 weight, gamma, invstd, offset, centre, mean_d, weight_cov, a, s, sum_g, count
             )

@@ -12,17 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .algebra import Folded, OperandGrad, accumulation_dtype
+from .algebra import accumulation_dtype
 from .junctions import JunctionStages
-from .operands import MaskedGrad, matrix
+from .operands import MaskedGrad, StridedInput, matrix
 from .pass_stages import PassStages, input_grad, pointwise
 from .stages import (
     ConvTerm,
-    FoldBackward,
     FoldedTerm,
-    FoldForward,
     InputTerm,
-    Moments,
+    Operand,
     conv2d,
 )
 
@@ -47,6 +45,12 @@ class VendorStages(JunctionStages, PassStages):
     def _pixel_product(self, g: Tensor, d: Tensor) -> Tensor:
         return _product(matrix(g).t(), matrix(d))
 
+    def gram(self, operand: Operand) -> tuple[Tensor, Tensor]:
+        """The mean rounded to the accumulation dtype, as the coefficient kernels read it."""
+        mean, cov = super().gram(operand)
+        source = operand.x if isinstance(operand, StridedInput) else operand.y
+        return mean.to(accumulation_dtype(source.dtype)), cov
+
     def _gram_sums(self, d: Tensor) -> tuple[Tensor, Tensor]:
         if d.dtype.itemsize > 2:
             return super()._gram_sums(d)
@@ -69,25 +73,6 @@ class VendorStages(JunctionStages, PassStages):
             return source
         return conv2d(self._operand(source.operand), pointwise(source.folded.weight))
 
-    def fold(
-        self,
-        weight: Tensor,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        eps: float,
-        centre: Tensor,
-        mean_d: Tensor,
-        cov: Tensor,
-    ) -> FoldForward:
-        """The product with the covariance, then one kernel."""
-        rows, acc = weight.flatten(1).contiguous(), accumulation_dtype(weight.dtype)
-        wide = torch.float32 if weight.dtype.itemsize == 2 else torch.float64
-        product = (rows.to(wide) @ cov.to(wide)).to(acc)
-        mean_d = mean_d.to(acc)
-        folded, vectors = _passes.fold_rows(rows, product, gamma, beta, eps, centre, mean_d)
-        mean, var, invstd, offset, shift = vectors.unbind()
-        return FoldForward(Folded(folded, shift), Moments(mean, var), invstd, offset, product)
-
     def tail_forward(
         self, terms: Sequence[FoldedTerm], residuals: Sequence[Tensor], channels_last: bool
     ) -> tuple[Tensor, Tensor]:
@@ -102,32 +87,6 @@ class VendorStages(JunctionStages, PassStages):
         return out if channels_last else self._from_channels_last(out), mask
 
     # Backward.
-
-    def fold_backward(
-        self,
-        weight: Tensor,
-        gamma: Tensor | None,
-        invstd: Tensor,
-        offset: Tensor,
-        centre: Tensor,
-        mean_d: Tensor | None,
-        weight_cov: Tensor | None,
-        a: Tensor,
-        s: Tensor,
-        sum_g: Tensor,
-        count: int,
-    ) -> FoldBackward:
-        """Two kernels and, with batch statistics, a product."""
-        rows = weight.flatten(1).contiguous()
-        left = rows.to(s.dtype)
-        grad_weight, dgamma, scaled = _passes.fold_backward_rows(
-            rows, gamma, invstd, offset, centre, mean_d, weight_cov, s, sum_g, count
-        )
-        if mean_d is None:
-            return FoldBackward(dgamma, grad_weight, OperandGrad(a, None, None))
-        b = self._matrix_product(left.t(), scaled).to(a.dtype)
-        shift = _passes.operand_shift(a, b, sum_g, mean_d, count)
-        return FoldBackward(dgamma, grad_weight, OperandGrad(a, b, shift))
 
     def input_dgrad(
         self,

@@ -11,6 +11,7 @@ import torch
 from test_benchmarks import CPU, TINY, TINY_DOWNSAMPLE, WrongBlock, inputs_of
 
 from benchmarks import (
+    bench_junctions,
     bench_resnet50,
     bench_scaling,
     bench_stages,
@@ -89,15 +90,15 @@ def test_stages_are_written_and_reported(
     assert bench_stages.main([*tiny_stages, "--output", str(tmp_path / "run.json")]) == 0
     run = records.read(tmp_path / "run.json")
     assert [r["stage"] for r in run["records"]] == [*fused_stages(TINY, 1, 4), "step"]
-    assert not bench_stages.takes_product(TINY, 2, "cpu")
+    assert not bench_stages.takes_product(TINY, 2, "cpu", torch.float32)
     assert "B6" in capsys.readouterr().out
 
 
 def test_the_product_way_joins_the_tail() -> None:
     shape = SHAPES["2048-512@7"]
-    assert bench_stages.takes_product(shape, 16, "cpu")
-    assert not bench_stages.takes_product(shape, 16, "cuda")
-    assert not bench_stages.takes_product(SHAPES["256-64@56"], 16, "cpu")
+    assert bench_stages.takes_product(shape, 16, "cpu", torch.float32)
+    assert not bench_stages.takes_product(shape, 16, "cuda", torch.float32)
+    assert not bench_stages.takes_product(SHAPES["256-64@56"], 16, "cpu", torch.float32)
     costs = fused_stages(shape, 16, 4)
     samples = {name: [1.0, 2.0] for name in costs}
     joined, seconds = bench_stages.join_tail(costs, samples)
@@ -317,3 +318,13 @@ def test_timm_block_has_the_plain_parameters() -> None:
     block = cases.new_block(peers.TimmBottleneck, TINY, True)
     plain = cases.new_block(Bottleneck, TINY, True)
     assert list(dict(block.named_parameters())) == list(dict(plain.named_parameters()))
+
+
+def test_bench_junctions_times_every_variant(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_junctions, "SIZES", [(16, 32)])
+    assert bench_junctions.main(["--device", "cpu", "--rounds", "1"]) == 0
+    header, _, *rows = [line for line in capsys.readouterr().out.splitlines() if "|" in line]
+    assert "fold launch" in header
+    assert sum(row.startswith("| 16, 32") for row in rows) == 2

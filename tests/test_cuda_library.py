@@ -21,7 +21,7 @@ if not LIBRARIES:
     )
     pytest.skip("no nvcc, so no CUDA library was built", allow_module_level=True)
 LIBRARY = LIBRARIES[0]
-SOURCES = 3  # coefficients, pointwise, reductions
+SOURCES = 4  # coefficients, junctions, pointwise, reductions
 KERNELS = 7 + 2 + 5  # passes, combinations of parts, coefficients
 
 
@@ -50,6 +50,24 @@ def test_no_kernel_spills() -> None:
     assert len(names) == KERNELS, sorted(names)
     for name, stack in found:
         assert int(stack) == 0, name
+
+
+@pytest.mark.slow
+def test_products_of_coefficients_are_on_tensor_cores() -> None:
+    """In float32, and of 16-bit weights; those in float64 are not."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        pytest.skip("TORCH_CUDA_ARCH_LIST is set")
+    on_tensor_cores = set()
+    for function in cuobjdump("-sass", "-arch", "sm_90").split("Function : ")[1:]:
+        kernel = re.match(r"\S*?\d(fold\w*_kernel)I(\S+?)EE", function)
+        if kernel and "HMMA.1684.F32.TF32" in function:
+            on_tensor_cores.add(kernel.groups())
+    half, bfloat16 = "6__half", "13__nv_bfloat16"
+    forward = ["ff", *(first + second for first in (half, bfloat16) for second in "fd")]
+    assert on_tensor_cores == {
+        *(("fold_kernel", types) for types in forward),
+        *(("fold_backward_kernel", types) for types in ("f", half, bfloat16)),
+    }
 
 
 def test_undefined_symbols() -> None:

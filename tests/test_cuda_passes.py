@@ -1,4 +1,4 @@
-"""The CUDA passes and coefficient kernels (csrc/cuda) against the oracles of the CPU ones.
+"""The CUDA passes (csrc/cuda) against the oracles of the CPU ones.
 
 Every test runs twice: on a GPU where there is one, and everywhere on the CPU, with the kernels
 compiled as C++ (cuda_emulation.py). A pass rounds after every operation, so that elementwise
@@ -7,65 +7,20 @@ results agree with torch's to the last bit here too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import cuda_emulation
 import pytest
 import test_passes
 import torch
+from cuda_ops import IMPLEMENTATIONS, ON_GPU, OnGpu, implementation, shifted, tensors_of
 from test_passes import CASES, DTYPES, ERRORS, WRITES, arguments, assert_right, call
-from tolerances import SAME_FORMULA
 from torch import Tensor
 
-from fused_bottleneck import coefficients, extension
-from fused_bottleneck.algebra import accumulation_dtype
 
-HAS_GPU = torch.cuda.is_available() and not extension.why_no_cuda()
-
-
-class OnGpu:
-    """The ops of the library, on GPU copies of their arguments; what they write is copied back."""
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        op = getattr(torch.ops.fused_bottleneck, name)
-
-        def on_gpu(*args: Any, **kwargs: Any) -> Any:
-            copies: dict[int, tuple[Tensor, Tensor]] = {}
-
-            def move(value: Any) -> Any:
-                if not isinstance(value, Tensor):
-                    return value
-                return copies.setdefault(id(value), (value, value.cuda()))[1]
-
-            result = op(*map(move, args), **{key: move(v) for key, v in kwargs.items()})
-            for value, copy in copies.values():
-                value.copy_(copy)
-            if isinstance(result, Tensor):
-                return result.cpu()
-            return None if result is None else tuple(t.cpu() for t in result)
-
-        on_gpu.default = op.default  # type: ignore[attr-defined]
-        return on_gpu
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("emulated", marks=pytest.mark.slow),
-        pytest.param(
-            "cuda",
-            marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no GPU and passes")],
-        ),
-    ]
-)
+@pytest.fixture(params=IMPLEMENTATIONS)
 def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The ops to test, in place of the CPU passes in test_passes."""
-    if request.param == "cuda":
-        found: Any = OnGpu()
-    elif cuda_emulation.available():
-        found = cuda_emulation.load()
-    else:
-        pytest.skip("no C++ compiler")
+    found = implementation(request.param)
     monkeypatch.setattr(test_passes, "passes", found)
     return found
 
@@ -105,12 +60,6 @@ def test_misaligned_matrices(case: str, dtype: torch.dtype) -> None:
 
 def is_matrix(value: object) -> bool:
     return isinstance(value, Tensor) and value.dim() == 2
-
-
-def shifted(t: Tensor) -> Tensor:
-    """A contiguous copy of t, one element behind the start of its memory."""
-    memory = torch.zeros(t.numel() + 1, dtype=t.dtype)
-    return memory[1:].view(t.shape).copy_(t)
 
 
 @over_dtypes
@@ -165,125 +114,7 @@ def test_error_names_the_argument(
     test_passes.test_error_names_the_argument(case, name, change, message)
 
 
-# The coefficient kernels against algebra.py in float64.
-
-PARAMETERS = ["float32", "bfloat16", "float16", "float64", "none"]
-
-
-class Junction:
-    """Random arguments of the coefficient ops."""
-
-    def __init__(self, dtype: torch.dtype, parameter: str, width: int, channels: int) -> None:
-        self.dtype, self.acc = dtype, accumulation_dtype(dtype)
-        self.parameter_dtype = None if parameter == "none" else getattr(torch, parameter)
-        self.width, self.channels = width, channels
-        self.generator = torch.Generator().manual_seed(width)
-
-    def vector(self, size: int) -> Tensor:
-        return torch.randn(size, generator=self.generator, dtype=torch.float64).to(self.acc)
-
-    def positive(self, size: int) -> Tensor:
-        return self.vector(size).abs() + 0.1
-
-    def matrix(self, *size: int) -> Tensor:
-        return torch.randn(*size, generator=self.generator, dtype=torch.float64)
-
-    def parameter(self, size: int) -> Tensor | None:
-        found = self.vector(size)
-        return None if self.parameter_dtype is None else found.to(self.parameter_dtype)
-
-    def weight(self) -> Tensor:
-        return self.matrix(self.width, self.channels).to(self.dtype)
-
-    def arguments(self, name: str) -> tuple[Any, ...]:
-        w, k, count = self.width, self.channels, 1000
-        if name == "bn_coefficients":
-            parameters = [self.parameter(w) for _ in range(3)]
-            return (self.vector(w), self.positive(w), *parameters, 1e-3)
-        if name == "bn_backward_coefficients":
-            return (self.positive(w), self.vector(w), self.vector(w), count)
-        if name == "fold_rows":
-            weight, root = self.weight(), self.matrix(k, k)
-            product = (weight.double() @ (root @ root.t())).to(self.acc)
-            parameters = [self.parameter(w), self.parameter(w)]
-            return (weight, product, *parameters, 1e-3, self.vector(k), self.vector(k))
-        if name.startswith("fold_backward_rows"):
-            gamma, invstd, offset = self.parameter(w), self.positive(w), self.vector(w)
-            mean_d, product = self.vector(k), self.matrix(w, k).to(self.acc)
-            batch = () if name.endswith("fixed") else (mean_d, product)
-            s, sum_g = self.matrix(w, k).to(self.acc), self.vector(w)
-            known = batch or (None, None)
-            return (self.weight(), gamma, invstd, offset, self.vector(k), *known, s, sum_g, count)
-        a, b = self.weight(), self.matrix(k, k).to(self.dtype)
-        return (a, b, self.vector(w), self.vector(k), count)
-
-
-JUNCTIONS = [*coefficients.KERNELS, "fold_backward_rows, fixed"]
-SIZES = [(1, 1), (7, 3), (64, 16), (100, 133), (33, 300)]
-
-
-def tensors_of(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
-
-
-def in_float64(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) else value
-
-
-@pytest.mark.parametrize("parameter", PARAMETERS)
-@over_dtypes
-@pytest.mark.parametrize("name", JUNCTIONS)
-def test_junction_agrees_with_the_algebra(
-    name: str, dtype: torch.dtype, parameter: str, ops: Any
-) -> None:
-    """Against the same formulas in float64."""
-    op = name.split(",")[0]
-    for width, channels in SIZES:
-        args = Junction(dtype, parameter, width, channels).arguments(name)
-        got = tensors_of(getattr(ops, op)(*args))
-        same = tensors_of(getattr(coefficients, op)(*args))
-        want = tensors_of(getattr(coefficients, op)(*map(in_float64, args)))
-        assert len(got) == len(want)
-        if name == "fold_rows":  # the shift is that of the folded weight as it was rounded
-            beta, mean_d = args[3], args[6].double()
-            want[1][4] = (0 if beta is None else beta.double()) - got[0].double() @ mean_d
-        for mine, composite, exact in zip(got, same, want, strict=True):
-            assert (mine.dtype, mine.shape) == (composite.dtype, composite.shape)
-            scale = float(exact.abs().max()) if exact.numel() else 1.0
-            bound = SAME_FORMULA[mine.dtype] * scale
-            torch.testing.assert_close(mine.double(), exact, rtol=0, atol=bound)
-
-
-def test_fold_clamps_the_variance_and_lets_nan_through(ops: Any) -> None:
-    weight, zeros = torch.ones(3, 4), torch.zeros(4)
-    product = torch.tensor([[-1e-3], [float("nan")], [1.0]]).expand(3, 4).contiguous()
-    _, vectors = ops.fold_rows(weight, product, None, None, 1e-2, zeros, zeros)
-    expected = torch.tensor([0.0, float("nan"), 4.0])
-    torch.testing.assert_close(vectors[1], expected, equal_nan=True)
-    torch.testing.assert_close(vectors[2], (expected + 1e-2).rsqrt(), equal_nan=True)
-
-
-def test_junction_errors_name_the_argument(ops: Any) -> None:
-    args = list(Junction(torch.float32, "float32", 5, 4).arguments("fold_rows"))
-    args[1] = args[1][:, :3].contiguous()
-    with pytest.raises(RuntimeError, match=r"fold_rows: expected product to be float32 \[5, 4\]"):
-        ops.fold_rows(*args)
-    args = list(Junction(torch.float32, "float32", 5, 4).arguments("bn_coefficients"))
-    args[2] = args[2].long()
-    with pytest.raises(RuntimeError, match="bn_coefficients: expected gamma to be float32, float"):
-        ops.bn_coefficients(*args)
-
-
-@pytest.mark.parametrize("name", JUNCTIONS)
-def test_opcheck_junction(name: str) -> None:
-    args = Junction(torch.bfloat16, "bfloat16", 6, 4).arguments(name)
-    op = getattr(torch.ops.fused_bottleneck, name.split(",")[0]).default
-    torch.library.opcheck(op, args)
-
-
 # Only on a GPU.
-
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no GPU and passes")]
 
 
 def gpu_arguments(case: str, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
@@ -299,7 +130,7 @@ def gpu_call(case: str, args: dict[str, Any]) -> list[Tensor]:
     return [*(own[name] for name in WRITES[op]), *tensors_of(() if result is None else result)]
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=on_gpu) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, marks=ON_GPU) for case in CASES])
 def test_runs_on_the_current_stream(case: str) -> None:
     args = gpu_arguments(case, (5000, 64), torch.float32)
     expected = gpu_call(case, args)
@@ -317,7 +148,7 @@ def test_runs_on_the_current_stream(case: str) -> None:
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=on_gpu) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, marks=ON_GPU) for case in CASES])
 def test_graph_capture(case: str) -> None:
     args = gpu_arguments(case, (5000, 64), torch.bfloat16)
     expected = gpu_call(case, args)
@@ -330,7 +161,7 @@ def test_graph_capture(case: str) -> None:
             assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("op", [pytest.param("channel_moments", marks=on_gpu)])
+@pytest.mark.parametrize("op", [pytest.param("channel_moments", marks=ON_GPU)])
 def test_more_than_two_to_the_31_elements(op: str) -> None:
     """Rows repeated k times have the mean of one of them; and the last row is written."""
     if torch.cuda.mem_get_info()[0] < 15e9:

@@ -154,17 +154,15 @@ def folding(affine: bool) -> Callable[[Stages, Data], Any]:
         mean_d, centre, sum_g = data.vector(M), data.vector(M), data.vector(W)
         root = data.weight(M, M).to(data.acc)
         cov = root @ root.t() / M
-        folded, moments, invstd, offset, weight_cov = stages.fold(
-            weight, gamma, beta, 1e-3, centre, mean_d, cov
-        )
+        bias = data.vector(W) if affine else None
+        forward = stages.fold(weight, gamma, beta, bias, 1e-3, centre, mean_d, cov)
+        folded, _, _, invstd, offset, weight_cov = forward
         a = stages.folded_weight(weight, gamma, invstd)
         assert torch.equal(a, folded.weight)
         backward = stages.fold_backward(
             weight, gamma, invstd, offset, centre, mean_d, weight_cov, a, s, sum_g, 100
         )
-        dgamma, dweight, coefficients = backward
-        dweight = dweight.to(weight.dtype)
-        return [folded, moments, invstd, offset, weight_cov, dgamma, dweight, coefficients]
+        return [*forward, *backward._replace(dweight=backward.dweight.to(weight.dtype))]
 
     return stage
 

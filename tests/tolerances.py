@@ -43,6 +43,11 @@ SAME_FORMULA = {
     torch.float16: 5e-3,
 }
 
+# An element of a product of matrices in float32, relative to the product of their absolute values:
+# every term is rounded to u = 2^-24, of a sum of two tf32 numbers for an operand to 2^-22 (two
+# times 11 bits and a sign), and the sums of up to 100 terms to ten u more.
+FLOAT32_PRODUCT = 2 * 2.0**-22 + 10 * 2.0**-24
+
 # The criterion in lower precision: error <= EAGER_FACTOR * (eager's error) + FLOOR, in the mean
 # over several seeds (helpers.assert_criterion).
 EAGER_FACTOR = 1.1

@@ -19,8 +19,9 @@
 
 #include "kernels.h"
 
-// Dynamic shared memory; never more than the 48 KiB that every GPU grants unasked.
-extern __shared__ double shared_memory[];
+// Dynamic shared memory; never more than the 48 KiB that every GPU grants unasked. Aligned as
+// tensor cores' loads ask for.
+alignas(32) extern __shared__ double shared_memory[];
 
 namespace fused_bottleneck::cuda {
 
@@ -28,6 +29,11 @@ constexpr int kThreads = 256;
 constexpr int kGroup = 8;      // channels of a thread
 constexpr int kMaxLanes = 32;  // groups side by side in a block
 constexpr int kMinLines = kThreads / kMaxLanes;
+
+template <class A, class B>
+__host__ __device__ constexpr auto ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
 
 // --- Elements ---
 
@@ -135,8 +141,6 @@ struct Tiling {
   int threads() const { return lanes * lines; }
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline Tiling tiling_of(int64_t rows, int64_t channels) {
   Tiling t;
   const int64_t groups = ceil_div(channels, kGroup);
@@ -204,19 +208,47 @@ __device__ inline void for_rows(const Tiling& t, const Place& at, const Load& lo
 
 // --- Launches ---
 
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), const Launch& where, int64_t blocks, int threads,
-            size_t shared_bytes, Arguments&&... arguments) {
+inline void require(cudaError_t error) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("a CUDA kernel could not be launched: ") +
+                             cudaGetErrorString(error));
+}
+
+inline cudaLaunchConfig_t launch_config(const Launch& where, int64_t blocks, int threads,
+                                        size_t shared_bytes) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(where.stream);
-  const cudaError_t error =
-      cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("a CUDA kernel could not be launched: ") +
-                             cudaGetErrorString(error));
+  return config;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), const Launch& where, int64_t blocks, int threads,
+            size_t shared_bytes, Arguments&&... arguments) {
+  const cudaLaunchConfig_t config = launch_config(where, blocks, threads, shared_bytes);
+  require(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+}
+
+// The same of a kernel with barriers of the whole grid: of so many blocks as the GPU holds at a
+// time, and no more than `blocks`.
+template <class... Parameters, class... Arguments>
+void launch_cooperative(void (*kernel)(Parameters...), const Launch& where, int64_t blocks,
+                        int threads, size_t shared_bytes, Arguments&&... arguments) {
+  int device = 0, multiprocessors = 0, resident = 0;
+  require(cudaGetDevice(&device));
+  require(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  require(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared_bytes));
+  const int64_t most = int64_t{multiprocessors} * resident;
+  cudaLaunchConfig_t config =
+      launch_config(where, blocks < most ? blocks : most, threads, shared_bytes);
+  cudaLaunchAttribute cooperative = {};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  config.attrs = &cooperative;
+  config.numAttrs = 1;
+  require(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }
 
 // body(T{}) for the element type of a dtype.

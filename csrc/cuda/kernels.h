@@ -1,4 +1,5 @@
-// The interface between the CUDA passes (checks, memory; passes.cpp, coefficients.cpp) and their
+// The interface between the CUDA passes (checks, memory; passes.cpp,
+// coefficients.cpp) and their
 // kernels (*.cu): plain data, so that nvcc never reads torch's headers.
 //
 // A matrix is row-major [rows, channels] in the storage dtype; a vector is [channels] in the
@@ -111,32 +112,42 @@ struct BnBackwardCoefficients {
 };
 void launch_bn_backward_coefficients(const Launch&, const BnBackwardCoefficients&);
 
-// Of a weight [rows, channels] = [W, K]; vectors [5, W].
-struct FoldRows {
-  const void *weight, *product;
-  Parameter gamma, beta;
-  double eps;
-  const void *centre, *mean_d;
-  void *folded, *vectors;
-};
-void launch_fold_rows(const Launch&, const FoldRows&);
-
-// mean_d, product and scaled are null where statistics are fixed.
-struct FoldBackwardRows {
+// Of a weight [rows, channels] = [W, K].
+struct FoldedWeight {
   const void* weight;
   Parameter gamma;
-  const void *invstd, *offset, *centre, *mean_d, *product, *s, *sum_g;
-  int64_t count;
-  void *grad_weight, *dgamma, *scaled;
+  const void* invstd;
+  void* folded;
 };
-void launch_fold_backward_rows(const Launch&, const FoldBackwardRows&);
+void launch_folded_weight(const Launch&, const FoldedWeight&);
 
-// b is [K, K] in the weight's dtype, shift [K].
-struct OperandShift {
-  const void *a, *b, *sum_g, *mean_d;
-  int64_t count;
-  void* shift;
+// --- Junctions of the tail (junctions.cu), of a weight [rows, channels] = [W, K] ---
+
+// cov [K, K] is in the accumulation dtype or in double; reported [2, W], vectors [3, W].
+struct Fold {
+  const void *weight, *cov;
+  bool is_cov_double;
+  Parameter gamma, beta, bias;
+  double eps;
+  const void *centre, *mean_d;
+  double* partial;
+  void *folded, *weight_cov, *reported, *vectors;
 };
-void launch_operand_shift(const Launch&, const OperandShift&);
+// Doubles of `partial`.
+int64_t fold_partials(int64_t width, int64_t channels);
+void launch_fold(const Launch&, const Fold&);
+
+// Where statistics are fixed mean_d and weight_cov are null, and workspace, b and shift unused;
+// grads [2, W].
+struct FoldBackward {
+  const void* weight;
+  Parameter gamma;
+  const void *invstd, *offset, *centre, *mean_d, *weight_cov, *a, *s, *sum_g;
+  int64_t count;
+  void *workspace, *grad_weight, *grads, *b, *shift;
+};
+// Elements of `workspace`, in the accumulation dtype.
+int64_t fold_backward_workspace(int64_t width, int64_t channels);
+void launch_fold_backward(const Launch&, const FoldBackward&);
 
 }  // namespace fused_bottleneck::cuda

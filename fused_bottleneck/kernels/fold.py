@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..algebra import Folded, OperandGrad
-from ..stages import FoldBackward, FoldForward, Moments
+from ..algebra import FoldBackward, Folded, FoldForward, OperandGrad
 from .config import FOLD, FOLD_PRODUCT, FOLD_SHIFT, blocks
 from .launch import launch
 from .prologues import put_tile, tile
@@ -67,6 +66,7 @@ def _fold_kernel(
     w_ptr,
     gamma_ptr,
     beta_ptr,
+    bias_ptr,
     centre_ptr,
     mean_d_ptr,
     weight_cov_ptr,
@@ -80,8 +80,8 @@ def _fold_kernel(
 ):
     """``var = rowsum((W cov) * W)``, ``Wf = round(gamma invstd W)``, ``shift = beta - Wf mean_d``.
 
-    W and ``W cov`` ``[W, K]``; vectors ``[5, W]``: mean and variance of the convolution's output,
-    invstd, offset, shift. A program owns BLOCK_M rows.
+    W and ``W cov`` ``[W, K]``; vectors ``[5, W]``: mean (with the bias) and variance of the
+    convolution's output, invstd, offset, shift. A program owns BLOCK_M rows.
     """
     offs_w = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_w = offs_w < W
@@ -115,6 +115,8 @@ def _fold_kernel(
         tl.store(folded_ptr + where, folded, mask=mask_w[:, None] & mask_j[None, :])
         mean_d = tl.load(mean_d_ptr + offs_j, mask=mask_j, other=0.0)
         shift -= tl.sum(folded.to(tl.float32) * mean_d[None, :], 1)
+    if bias_ptr is not None:
+        mean += tl.load(bias_ptr + offs_w, mask=mask_w, other=0.0).to(tl.float32)
     tl.store(vectors_ptr + offs_w, mean, mask=mask_w)
     tl.store(vectors_ptr + W + offs_w, var, mask=mask_w)
     tl.store(vectors_ptr + 2 * W + offs_w, invstd, mask=mask_w)
@@ -126,6 +128,7 @@ def fold(
     weight: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     centre: Tensor,
     mean_d: Tensor,
@@ -142,6 +145,7 @@ def fold(
         weight,
         gamma,
         beta,
+        bias,
         centre,
         mean_d,
         weight_cov,
@@ -155,7 +159,7 @@ def fold(
         config=FOLD,
     )
     mean, var, invstd, offset, shift = vectors.unbind()
-    return FoldForward(Folded(folded, shift), Moments(mean, var), invstd, offset, weight_cov)
+    return FoldForward(Folded(folded, shift), mean, var, invstd, offset, weight_cov)
 
 
 @triton.jit
@@ -373,4 +377,5 @@ def fold_backward(
         BLOCK_K=FOLD_SHIFT.block_k,
         config=FOLD_SHIFT,
     )
-    return FoldBackward(dgamma, grad_weight, OperandGrad(a, b, shift))
+    dbias = torch.zeros_like(sum_g)
+    return FoldBackward(grad_weight, dgamma, dbias, OperandGrad(a, b, shift))
