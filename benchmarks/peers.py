@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import model_zoo
 from benchmarks.cases import Case, Inputs, TorchCase, disagreements
 from fused_bottleneck import Bottleneck
 
@@ -37,12 +38,11 @@ class TimmBottleneck(Bottleneck):
     """The plain block with timm's BatchNormAct2d in place of its first two BN+ReLU."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        from timm.layers import BatchNormAct2d
-
+        make_norm = model_zoo.load("timm.layers").BatchNormAct2d
         super().__init__(*args, **kwargs)
         for name in ("bn1", "bn2"):
             norm = getattr(self, name)
-            setattr(self, name, BatchNormAct2d(norm.num_features, norm.eps, norm.momentum))
+            setattr(self, name, make_norm(norm.num_features, norm.eps, norm.momentum))
         self.relu = nn.ReLU(inplace=True)
 
     def branch(self, x: Tensor) -> Tensor:
