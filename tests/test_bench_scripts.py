@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from benchmarks import (
     cases,
     convergence_report,
     harness,
+    model_zoo,
     networks,
     options,
     peers,
@@ -295,10 +295,10 @@ def test_progress_passes_everything_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def require_peer(name: str) -> None:
-    """Skip where a peer is missing, or does not fit this torch."""
+    """Skip where a peer is missing."""
     try:
-        importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:
+        model_zoo.load(name)
+    except ImportError as error:
         pytest.skip(str(error))
 
 

@@ -251,7 +251,7 @@ def tail_unit(junction: Junction, bias: bool, batch: bool) -> units.Unit:
     return units.Unit(weight, gamma, beta, POINTWISE, batch, given, eps=EPS)
 
 
-UNBIASED = ["mul"]  # the variance that the running statistics see
+UNBIASED = ["aten::mul.Tensor"]  # the variance that the running statistics see
 
 
 @pytest.mark.parametrize("cov_dtype", [torch.float32, torch.float64], ids=str)
