@@ -86,4 +86,5 @@ def bars(axes: Axes, labels: list[str], series: Series, template: str) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=len(series))
+    columns = min(len(series), 2)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=columns)
