@@ -15,6 +15,8 @@ from benchmarks import bench_ranks, collective_model, options, records, report
 from benchmarks.shapes import RESNET50, SHAPES
 from fused_bottleneck import collectives
 
+pytestmark = pytest.mark.slow
+
 
 def _measured(rank: int, broken: bool) -> object:
     """The records of a small block, or why there are none."""

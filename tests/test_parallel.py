@@ -23,6 +23,8 @@ import fused_bottleneck as fb
 from fused_bottleneck import Bottleneck, FusedBottleneck
 from fused_bottleneck.block import FusedBlock
 
+pytestmark = pytest.mark.slow
+
 CASES = (Case(channels=6, stride=2, downsample="conv"), Case())
 STEPS, WORLD, IMAGES = 3, 2, 2  # images of a rank in each of two parts of a step
 

@@ -31,6 +31,8 @@ from config import Config, Stop  # noqa: E402
 from model import build  # noqa: E402
 from schedule import learning_rate  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SEED = int(os.environ.get("KILL_SEED", "0"))  # of the moments of kill -9
 TINY = ["--data", "digits", "--blocks", "fused", "--width", "4", "--blocks-per-stage", "1"]
 #: Gives every part of the state of a training something to do. An epoch has 14 steps.

@@ -31,6 +31,8 @@ from model import build
 from schedule import learning_rate
 from training import Training
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Config(
     "digits",
     epochs=1,

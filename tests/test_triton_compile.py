@@ -96,6 +96,7 @@ def test_plain_operands_come_from_shared_memory(monkeypatch: pytest.MonkeyPatch)
                     assert (len(body) <= 45 * products) == written, spec.name
 
 
+@pytest.mark.slow
 def test_keys_are_those_of_launches() -> None:
     """What is compiled ahead is found by a launch: the sources of both have one hash.
 
