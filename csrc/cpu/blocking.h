@@ -68,6 +68,11 @@ struct Blocks {
   int64_t rows, threads, per_thread, block;
 };
 
+// Whether the sums of the blocks may stay float32: each has a chain of its own, and a few of them are
+// a chain as short.
+constexpr int64_t kFewBlocks = 4;
+inline bool has_few_blocks(const Blocks& blocks) { return blocks.per_thread <= kFewBlocks; }
+
 // Rows of one thread, as a block: its number, its first row, how many.
 struct Block {
   int64_t worker;  // which thread, of all
@@ -133,6 +138,11 @@ class Workspace {
     next_ += round_up(count * static_cast<int64_t>(sizeof(T)), kAlignment);
     STD_TORCH_CHECK(next_ <= end_, "workspace: more was taken than asked for");
     return array;
+  }
+
+  Sums take_sums(int64_t count, bool floats) {
+    if (floats) return {take<float>(count), nullptr};
+    return {nullptr, take<double>(count)};
   }
 
  private:

@@ -380,8 +380,8 @@ std::tuple<Tensor, Tensor> product_bn_backward_reduce_(
 
 // --- products over pixels ---
 
-// left^T right, left [rows, wide] and right [rows, narrow]: float32 within a block, or double;
-// double over the blocks. Symmetric: left and right are the same.
+// left^T right, left [rows, wide] and right [rows, narrow]: float32 within a block and over few, or
+// double. Symmetric: left and right are the same; its sums are those of a covariance, double.
 class PixelProduct {
  public:
   PixelProduct(int64_t rows, int64_t wide, int64_t narrow, const Split& split,
@@ -393,13 +393,14 @@ class PixelProduct {
         wide_(wide),
         narrow_(narrow),
         symmetric_(symmetric),
-        in_double_(in_double) {}
+        in_double_(in_double),
+        float_sums_(!symmetric && has_few_blocks(blocks)) {}
 
   // Takes the panels of all threads and the sums.
   void take(Workspace& workspace) {
     floats_ = pixel_floats(blocks, wide_, narrow_);
     panels_ = workspace.take<float>(blocks.threads * split.channel_parts * floats_);
-    sums_ = workspace.take<double>(blocks.threads * sums_step());
+    sums_ = workspace.take_sums(blocks.threads * sums_step(), float_sums_);
   }
 
   // A thread's panels, and behind them room for values.
@@ -436,14 +437,14 @@ class PixelProduct {
     const std::vector<int64_t> sizes =
         transposed ? std::vector<int64_t>{narrow_, wide_} : std::vector<int64_t>{wide_, narrow_};
     Tensor out = torch::stable::new_empty(like, sizes, ScalarType::Float);
-    unpack(static_cast<float*>(out.mutable_data_ptr()), nullptr, transposed);
+    unpack({static_cast<float*>(out.mutable_data_ptr()), nullptr}, transposed);
     return out;
   }
 
   Tensor symmetric_total(const Tensor& like) const {
     Tensor out = torch::stable::new_empty(like, {wide_, wide_}, ScalarType::Double);
     double* to = static_cast<double*>(out.mutable_data_ptr());
-    unpack(nullptr, to, false);
+    unpack({nullptr, to}, false);
     torch::stable::parallel_for(0, wide_ / kLeft, 8, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin * kLeft; i < end * kLeft; i += kLeft)
         for (int64_t j = 0; j < i + kLeft; ++j)
@@ -466,18 +467,18 @@ class PixelProduct {
             block.next_rows * channels * static_cast<int64_t>(sizeof(float))};
   }
 
-  void unpack(float* floats, double* doubles, bool transposed) const {
+  void unpack(const Sums& out, bool transposed) const {
     torch::stable::parallel_for(0, wide_ / kLeft, 8, [&](int64_t begin, int64_t end) {
       kernels_in_use().unpack_sums({begin * kLeft, end * kLeft, narrow_, sums_, blocks.threads,
                                     sums_step(), symmetric_, transposed ? 1 : narrow_,
-                                    transposed ? wide_ : 1, floats, doubles});
+                                    transposed ? wide_ : 1, out});
     });
   }
 
   int64_t wide_, narrow_, floats_ = 0;
-  bool symmetric_, in_double_;
+  bool symmetric_, in_double_, float_sums_;
   float* panels_ = nullptr;
-  double* sums_ = nullptr;
+  Sums sums_;
 };
 
 Tensor transposed_product(const Tensor& a, const Tensor& b, const Tensor& lent) {

@@ -60,8 +60,19 @@ struct Multiply {
   Ahead ahead[kAheads];
 };
 
-// sums (+)= left^T right over `rows` rows: float32 within the call, or double; double across calls.
-// The layout of sums is the kernels' own, [left_channels * right_channels]; see unpack_sums.
+// Sums of products over pixels, in the kernels' own layout, [left_channels * right_channels]; see
+// unpack_sums. float32 or double: one of the two is null.
+struct Sums {
+  float* floats = nullptr;
+  double* doubles = nullptr;
+
+  Sums operator+(int64_t offset) const {
+    return {floats == nullptr ? nullptr : floats + offset,
+            doubles == nullptr ? nullptr : doubles + offset};
+  }
+};
+
+// sums (+)= left^T right over `rows` rows: float32 within the call, or double (sums too).
 struct Accumulate {
   int64_t rows, left_channels, right_channels;
   const float* left;
@@ -71,21 +82,20 @@ struct Accumulate {
   bool in_double;
   bool upper;  // left and right are the same matrix: tiles below the diagonal are left out
   bool first;  // sums has no content yet
-  double* sums;
+  Sums sums;
   Ahead ahead[kAheads];
 };
 
 // out[l * left_step + r * right_step] = sums of (l, r) over `parts` arrays of sums, `part_step`
-// doubles apart, in order; for left channels [begin, end), multiples of kLeft. One of the steps is
+// numbers apart, in order; for left channels [begin, end), multiples of kLeft. One of the steps is
 // 1. With `upper`, what is below the diagonal's tiles is left alone.
 struct UnpackSums {
   int64_t begin, end, right_channels;
-  const double* sums;
+  Sums sums;
   int64_t parts, part_step;
   bool upper;
   int64_t left_step, right_step;
-  float* floats;  // one of the two is null
-  double* doubles;
+  Sums out;
 };
 
 struct ProductKernels {

@@ -241,8 +241,8 @@ void multiply(const Multiply& p) {
 }
 
 // sums (+)= values of one tile.
-template <class T>
-FB_INLINE void add_tile(const T* values, int count, bool first, double* sums) {
+template <class T, class Sum>
+FB_INLINE void add_tile(const T* values, int count, bool first, Sum* sums) {
   if (first) {
     for (int i = 0; i < count; ++i) sums[i] = values[i];
   } else {
@@ -250,14 +250,16 @@ FB_INLINE void add_tile(const T* values, int count, bool first, double* sums) {
   }
 }
 
-template <int Vectors>
-FB_INLINE void accumulate_tile(const Accumulate& p, int64_t l, int64_t c, Prefetcher& ahead) {
+template <int Vectors, class Sum>
+FB_INLINE void accumulate_tile(const Accumulate& p, Sum* all_sums, int64_t l, int64_t c,
+                               Prefetcher& ahead) {
   constexpr int width = Vectors * kVector;
   constexpr int count = kTileLeft * width;
   const float* left = p.left + l / kLeft * kLeft * p.left_stride + l % kLeft;
   const float* right = p.right + c * p.right_stride;
-  double* sums = p.sums + l * p.right_channels + c * kTileLeft;
-  for (int i = 0; i < count; i += 8) __builtin_prefetch(sums + i, 1);
+  Sum* sums = all_sums + l * p.right_channels + c * kTileLeft;
+  for (int i = 0; i < count; i += 64 / static_cast<int>(sizeof(Sum)))
+    __builtin_prefetch(sums + i, 1);
   Tile<kTileLeft, Vectors> total{};
   for (int64_t begin = 0; begin < p.rows; begin += kChain) {
     const int64_t end = min64(begin + kChain, p.rows);
@@ -309,7 +311,7 @@ FB_INLINE void accumulate_tile_in_double(const Accumulate& p, int64_t l, int64_t
       for (int h = 0; h < 2; ++h) tile[i][2 * v + h] = part[i][h];
   }
   add_tile(reinterpret_cast<const double*>(&tile), kTileLeft * width, p.first,
-           p.sums + l * p.right_channels + c * kTileLeft);
+           p.sums.doubles + l * p.right_channels + c * kTileLeft);
 }
 
 // A group of right panels that stays in the L2 cache goes along all left ones.
@@ -325,16 +327,19 @@ void accumulate(const Accumulate& p) {
         if (p.upper && from + c + width <= l) return;
         if (p.in_double) {
           accumulate_tile_in_double<vectors>(p, l, from + c);
+        } else if (p.sums.floats != nullptr) {
+          accumulate_tile<vectors>(p, p.sums.floats, l, from + c, ahead);
         } else {
-          accumulate_tile<vectors>(p, l, from + c, ahead);
+          accumulate_tile<vectors>(p, p.sums.doubles, l, from + c, ahead);
         }
       });
 }
 
 // out(l, r) of one tile.
-template <class Out>
-FB_INLINE void unpack_tile(const UnpackSums& p, Out* out, int64_t l, int64_t c, int64_t width) {
-  const double* tile = p.sums + l * p.right_channels + c * kTileLeft;
+template <class Sum, class Out>
+FB_INLINE void unpack_tile(const UnpackSums& p, const Sum* sums, Out* out, int64_t l, int64_t c,
+                           int64_t width) {
+  const Sum* tile = sums + l * p.right_channels + c * kTileLeft;
   const int64_t count = kTileLeft * width;
   double total[kTileLeft * kWide];
   for (int64_t i = 0; i < count; ++i) total[i] = tile[i];
@@ -352,20 +357,22 @@ FB_INLINE void unpack_tile(const UnpackSums& p, Out* out, int64_t l, int64_t c, 
   }
 }
 
-template <class Out>
-FB_INLINE void unpack_all(const UnpackSums& p, Out* out) {
+template <class Sum, class Out>
+FB_INLINE void unpack_all(const UnpackSums& p, const Sum* sums, Out* out) {
   for (int64_t l = p.begin; l < p.end; l += kTileLeft)
     for_each_panel(p.right_channels, [&](auto vectors, int64_t c) {
       constexpr int width = vectors * kVector;
-      if (!p.upper || c + width > l) unpack_tile(p, out, l, c, width);
+      if (!p.upper || c + width > l) unpack_tile(p, sums, out, l, c, width);
     });
 }
 
 void unpack_sums(const UnpackSums& p) {
-  if (p.doubles != nullptr) {
-    unpack_all(p, p.doubles);
+  if (p.out.doubles != nullptr) {
+    unpack_all(p, p.sums.doubles, p.out.doubles);
+  } else if (p.sums.doubles != nullptr) {
+    unpack_all(p, p.sums.doubles, p.out.floats);
   } else {
-    unpack_all(p, p.floats);
+    unpack_all(p, p.sums.floats, p.out.floats);
   }
 }
 

@@ -104,19 +104,23 @@ struct GradPlan {
         blocks(tiles, split.row_parts, kSummedTiles),
         left(left * left_stride(blocks.block)),
         right(right * right_stride(blocks.block)),
-        sums(round_up(left * right, kAlignment)) {}
+        sums(round_up(left * right, kAlignment)),
+        float_sums(has_few_blocks(blocks)) {}
 
   int64_t thread_floats() const { return round_up(left + right, kAlignment); }
   int64_t workers() const { return blocks.threads * split.channel_parts; }
   int64_t bytes() const {
     return workers() * thread_floats() * static_cast<int64_t>(sizeof(float)) +
-           blocks.threads * positions * sums * static_cast<int64_t>(sizeof(double)) + kAlignment;
+           blocks.threads * positions * sums *
+               static_cast<int64_t>(float_sums ? sizeof(float) : sizeof(double)) +
+           kAlignment;
   }
 
   int positions;
   Split split;
   Blocks blocks;
-  int64_t left, right, sums;  // floats of a block's panels, doubles of one position
+  int64_t left, right, sums;  // floats of a block's panels, numbers of one position
+  bool float_sums;
 };
 
 // Products per pair of channels that a scheme takes for the weight's gradient, dy [count, height,
@@ -235,7 +239,7 @@ Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
   Workspace workspace(op, lent, plan.bytes());
   float* arrays = workspace.take<float>(plan.workers() * plan.thread_floats());
   const int64_t part_step = plan.positions * plan.sums;
-  double* sums = workspace.take<double>(plan.blocks.threads * part_step);
+  const Sums sums = workspace.take_sums(plan.blocks.threads * part_step, plan.float_sums);
   const int64_t left_rows = left_stride(plan.blocks.block);
   const int64_t right_rows = right_stride(plan.blocks.block);
   const ProductKernels& products = kernels_in_use();
@@ -245,7 +249,7 @@ Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
     const TileRange range{from.height, from.width,  from.channels, dy.height,
                           dy.width,    dy.channels, block.begin,   block.rows};
     const ChannelRange channels(dy.channels, plan.split.channel_parts, block.part);
-    double* to = sums + block.share * part_step + channels.begin * from.channels;
+    const Sums to = sums + block.share * part_step + channels.begin * from.channels;
     for (int position = 0; position < plan.positions; ++position) {
       if (position == 0 || !kernels.one_grad)
         kernels.pack_grad_position(

@@ -22,6 +22,8 @@
 
 #include <cstdint>
 
+#include "products.h"
+
 namespace fused_bottleneck::cpu {
 
 enum class WinogradScheme : int { forward, strided, strided_grad, direct };
@@ -72,10 +74,10 @@ struct PackPosition {
 };
 
 // The weight's gradient [left, 3, 3, right] from sums per position (as of Accumulate) of `parts`
-// threads, for left channels [begin, end).
+// threads, for left channels [begin, end), multiples of kLeft.
 struct TransformSums {
   int64_t begin, end, right_channels;
-  const double* sums;
+  Sums sums;
   int64_t position_step, parts, part_step;
   float* weight;
 };

@@ -9,9 +9,9 @@
 
 namespace fused_bottleneck::cpu::FUSED_BOTTLENECK_ISA {
 
-template <int N>
+template <int N, class Vector = FloatVector>
 struct Line {
-  FloatVector at[N];
+  Vector at[N];
 };
 
 // What one position takes along one dimension: sign0 * element0 + sign1 * element1.
@@ -39,11 +39,10 @@ struct Forward {
       {{0, 2}, {1, -1}}, {{1, 2}, {1, 1}}, {{2, 1}, {1, -1}}, {{1, 3}, {1, -1}}};
   static constexpr Taps grad_taps[4] = {
       {{0, 0}, {1, 0}}, {{0, 1}, {1, 1}}, {{0, 1}, {1, -1}}, {{1, 1}, {-1, 0}}};
-  static FB_INLINE void weight_grad(const double (&u)[4], double (&g)[3]) {
-    const double middle = (u[1] + u[2]) * 0.5;
-    g[0] = u[0] + middle;
-    g[1] = (u[1] - u[2]) * 0.5;
-    g[2] = middle + u[3];
+  template <class Vector>
+  static FB_INLINE Line<3, Vector> weight_grad(const Line<4, Vector>& u) {
+    const Vector middle = (u.at[1] + u.at[2]) * 0.5f;
+    return {{u.at[0] + middle, (u.at[1] - u.at[2]) * 0.5f, middle + u.at[3]}};
   }
 };
 
@@ -65,10 +64,9 @@ struct Strided {
       {{0, 2}, {1, -1}}, {{2, 2}, {1, 0}}, {{4, 2}, {1, -1}}, {{1, 1}, {1, 0}}, {{3, 3}, {1, 0}}};
   static constexpr Taps grad_taps[5] = {
       {{0, 0}, {1, 0}}, {{0, 1}, {1, 1}}, {{1, 1}, {1, 0}}, {{0, 0}, {1, 0}}, {{1, 1}, {1, 0}}};
-  static FB_INLINE void weight_grad(const double (&u)[5], double (&g)[3]) {
-    g[0] = u[0] + u[1];
-    g[1] = u[3] + u[4];
-    g[2] = u[1] + u[2];
+  template <class Vector>
+  static FB_INLINE Line<3, Vector> weight_grad(const Line<5, Vector>& u) {
+    return {{u.at[0] + u.at[1], u.at[3] + u.at[4], u.at[1] + u.at[2]}};
   }
 };
 
@@ -94,8 +92,9 @@ struct Direct {
 
   static constexpr Taps input_taps[3] = {{{0, 0}, {1, 0}}, {{1, 1}, {1, 0}}, {{2, 2}, {1, 0}}};
   static constexpr Taps grad_taps[3] = {{{0, 0}, {1, 0}}, {{0, 0}, {1, 0}}, {{0, 0}, {1, 0}}};
-  static FB_INLINE void weight_grad(const double (&u)[3], double (&g)[3]) {
-    for (int i = 0; i < 3; ++i) g[i] = u[i];
+  template <class Vector>
+  static FB_INLINE Line<3, Vector> weight_grad(const Line<3, Vector>& u) {
+    return u;
   }
 };
 
@@ -183,17 +182,45 @@ void transform_input(const TransformInput& p) {
 
 // --- weight ---
 
-// The 3 x 3 weights of kVector output channels and one input channel.
+// The 3 x 3 weights of kVector output channels and kGathered input channels, from those of the
+// first on: gathered[9 k + tap][channel].
+constexpr int kGathered = 8;
+
+FB_INLINE void gather_weight(const TransformWeight& p, const float* weight,
+                             float (&gathered)[9 * kGathered][kVector]) {
+  const bool packed = p.depth_stride == 9 && p.row_stride == 3 && p.column_stride == 1;
+  if (packed) {
+    for (int at = 0; at < 9 * kGathered; at += 8)
+      for (int lane = 0; lane < kVector; lane += 8)
+        transpose_8x8(weight + lane * p.channel_stride + at, p.channel_stride, &gathered[at][lane],
+                      kVector);
+    return;
+  }
+  for (int tap = 0; tap < 9; ++tap) {
+    const float* from = weight + tap / 3 * p.row_stride + tap % 3 * p.column_stride;
+    if (p.depth_stride == 1) {
+      for (int lane = 0; lane < kVector; lane += 8)
+        transpose_8x8(from + lane * p.channel_stride, p.channel_stride, &gathered[tap][lane],
+                      9 * kVector);
+      continue;
+    }
+    for (int k = 0; k < kGathered; ++k, from += p.depth_stride) {
+      float* to = gathered[9 * k + tap];
+      if (p.channel_stride == 1) {
+        write(to, read<FloatVector>(from));
+      } else {
+        for (int lane = 0; lane < kVector; ++lane) to[lane] = from[lane * p.channel_stride];
+      }
+    }
+  }
+}
+
+// U of kVector output channels and one input channel.
 template <class Scheme>
-FB_INLINE void transform_weight_vector(const TransformWeight& p, const float* weight, float* out) {
+FB_INLINE void transform_weight_vector(const TransformWeight& p, const float (*taps)[kVector],
+                                       float* out) {
   constexpr int points = Scheme::points;
-  float gathered[9][kVector];
-  for (int lane = 0; lane < kVector; ++lane)
-    for (int i = 0; i < 3; ++i)
-      for (int j = 0; j < 3; ++j)
-        gathered[3 * i + j][lane] =
-            weight[lane * p.channel_stride + i * p.row_stride + j * p.column_stride];
-  const auto g = [&](int i, int j) { return load(Float{}, gathered[3 * i + j]); };
+  const auto g = [&](int i, int j) { return load(Float{}, taps[3 * i + j]); };
   Line<points> columns[3];
   for (int j = 0; j < 3; ++j) columns[j] = Scheme::weight({{g(0, j), g(1, j), g(2, j)}});
   for (int i = 0; i < points; ++i) {
@@ -205,14 +232,18 @@ FB_INLINE void transform_weight_vector(const TransformWeight& p, const float* we
 
 template <class Scheme>
 void transform_weight(const TransformWeight& p, int64_t begin, int64_t end) {
+  static_assert(kChannelMultiple % kGathered == 0);
+  float gathered[9 * kGathered][kVector];
   for_each_panel(end - begin, [&](auto vectors, int64_t from) {
     constexpr int width = vectors * kVector;
     const int64_t c = begin + from;
-    for (int64_t k = 0; k < p.depth; ++k)
-      for (int v = 0; v < width; v += kVector)
-        transform_weight_vector<Scheme>(p,
-                                        p.weight + (c + v) * p.channel_stride + k * p.depth_stride,
-                                        p.panels + c * p.depth + k * width + v);
+    for (int64_t k = 0; k < p.depth; k += kGathered)
+      for (int v = 0; v < width; v += kVector) {
+        gather_weight(p, p.weight + (c + v) * p.channel_stride + k * p.depth_stride, gathered);
+        for (int i = 0; i < kGathered; ++i)
+          transform_weight_vector<Scheme>(p, gathered + 9 * i,
+                                          p.panels + c * p.depth + (k + i) * width + v);
+      }
   });
 }
 
@@ -318,47 +349,57 @@ void pack_grad_position(const PackPosition& p) {
       });
 }
 
-// Gt u G of `count` columns, u [points * points], w [9].
-template <class Scheme>
-FB_INLINE void sums_to_weight(const double (*u)[kWide], int64_t count, float (*w)[kWide]) {
+// Gt u G of one vector of sums.
+template <class Scheme, class Vector, class Sum>
+FB_INLINE void transform_sums_vector(const TransformSums& p, const Sum* sums, float* weight) {
   constexpr int points = Scheme::points;
-  for (int64_t c = 0; c < count; ++c) {
-    double half[3][points];
-    for (int j = 0; j < points; ++j) {
-      double column[points], g[3];
-      for (int i = 0; i < points; ++i) column[i] = u[points * i + j][c];
-      Scheme::weight_grad(column, g);
-      for (int i = 0; i < 3; ++i) half[i][j] = g[i];
+  Line<3, Vector> columns[points];
+#pragma GCC unroll 5
+  for (int j = 0; j < points; ++j) {
+    Line<points, Vector> u;
+#pragma GCC unroll 5
+    for (int i = 0; i < points; ++i) {
+      const Sum* at = sums + (points * i + j) * p.position_step;
+      u.at[i] = read<Vector>(at);
+      for (int64_t part = 1; part < p.parts; ++part)
+        u.at[i] += read<Vector>(at + part * p.part_step);
     }
-    for (int i = 0; i < 3; ++i) {
-      double g[3];
-      Scheme::weight_grad(half[i], g);
-      for (int j = 0; j < 3; ++j) w[3 * i + j][c] = static_cast<float>(g[j]);
-    }
+    columns[j] = Scheme::weight_grad(u);
   }
+  using Rounded = Value<float, sizeof(Vector) / sizeof(Sum)>;
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; ++i) {
+    Line<points, Vector> u;
+#pragma GCC unroll 5
+    for (int j = 0; j < points; ++j) u.at[j] = columns[j].at[i];
+    const Line<3, Vector> g = Scheme::weight_grad(u);
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j)
+      write(weight + (3 * i + j) * p.right_channels, __builtin_convertvector(g.at[j], Rounded));
+  }
+}
+
+template <class Scheme, class Vector, class Sum>
+FB_INLINE void transform_all_sums(const TransformSums& p, const Sum* sums) {
+  constexpr int lanes = sizeof(Vector) / sizeof(Sum);
+  for (int64_t l = p.begin; l < p.end; l += kTileLeft)
+    for_each_panel(p.right_channels, [&](auto vectors, int64_t c) {
+      constexpr int width = vectors * kVector;
+      const Sum* tile = sums + l * p.right_channels + c * kTileLeft;
+      for (int i = 0; i < kTileLeft; ++i)
+        for (int v = 0; v < width; v += lanes)
+          transform_sums_vector<Scheme, Vector>(p, tile + i * width + v,
+                                                p.weight + (l + i) * 9 * p.right_channels + c + v);
+    });
 }
 
 template <class Scheme>
 void transform_sums(const TransformSums& p) {
-  constexpr int positions = Scheme::points * Scheme::points;
-  double u[positions][kWide];
-  float w[9][kWide];
-  for (int64_t l = p.begin; l < p.end; ++l)
-    for_each_panel(p.right_channels, [&](auto vectors, int64_t c) {
-      constexpr int width = vectors * kVector;
-      const int64_t tile = l / kTileLeft * kTileLeft;
-      const double* at = p.sums + tile * p.right_channels + c * kTileLeft + (l - tile) * width;
-      for (int position = 0; position < positions; ++position)
-        for (int i = 0; i < width; ++i) {
-          u[position][i] = 0;
-          for (int64_t part = 0; part < p.parts; ++part)
-            u[position][i] += at[position * p.position_step + part * p.part_step + i];
-        }
-      sums_to_weight<Scheme>(u, width, w);
-      for (int tap = 0; tap < 9; ++tap)
-        for (int i = 0; i < width; ++i)
-          p.weight[(l * 9 + tap) * p.right_channels + c + i] = w[tap][i];
-    });
+  if (p.sums.floats != nullptr) {
+    transform_all_sums<Scheme, FloatVector>(p, p.sums.floats);
+  } else {
+    transform_all_sums<Scheme, DoubleVector>(p, p.sums.doubles);
+  }
 }
 
 template <class Scheme>
