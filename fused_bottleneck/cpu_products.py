@@ -28,7 +28,7 @@ from .operands import (
     strided,
 )
 from .pass_stages import operand_key
-from .rules import needs_double, uses_winograd, uses_winograd_weight_grad
+from .rules import needs_double, uses_winograd
 from .scratch import result_empty
 from .stages import (
     ConvTerm,
@@ -129,7 +129,7 @@ class CpuProductStages(CpuStages):
             operand = self._operand(source)
             height, width = geometry.output_size(operand.shape[2], operand.shape[3], (3, 3))
             shape = (operand.shape[0], weight.shape[0], height, width)
-            if uses_winograd(shape, geometry.stride[0]):
+            if uses_winograd(shape):
                 out = result_empty(shape, operand.dtype, True)
                 self._winograd(operand, weight, geometry.stride[0], False, out)
                 return out, self._moments(out)
@@ -278,11 +278,9 @@ class CpuProductStages(CpuStages):
     def conv_dgrad(
         self, grad: ConvGrad, weight: Tensor, geometry: Geometry, act: Activation, invstd: Tensor
     ) -> tuple[Tensor, GradSums]:
-        stride = geometry.stride[0]
-        winograd = grad.k0 is not None and _is_winograd(weight, geometry)
-        if winograd and uses_winograd(grad.y.shape, stride):
+        if self._takes_winograd(grad, weight, geometry):
             g = self._scratch(act.y)
-            self._winograd(self._conv_grad(grad), weight, stride, True, g)
+            self._winograd(self._conv_grad(grad), weight, geometry.stride[0], True, g)
             return g, self._reduce(g, None, None, act, invstd, g)
         if not _is_product(weight, geometry) or geometry.stride != (1, 1):
             return super().conv_dgrad(grad, weight, geometry, act, invstd)
@@ -292,8 +290,7 @@ class CpuProductStages(CpuStages):
     def conv_wgrad(
         self, grad: ConvGrad, source: Tensor | Activation, weight: Tensor, geometry: Geometry
     ) -> Tensor:
-        winograd = grad.k0 is not None and _is_winograd(weight, geometry)
-        if winograd and uses_winograd_weight_grad(grad.y.shape):
+        if self._takes_winograd(grad, weight, geometry):
             dy, operand = self._conv_grad(grad), self._operand(source)
             return self._winograd_weight_grad(dy, operand, geometry.stride[0])
         if not _is_product(weight, geometry):
@@ -301,6 +298,11 @@ class CpuProductStages(CpuStages):
         dy, operand = self._conv_grad(grad), self._seen(source, geometry)
         workspace = self._workspace(dy, operand.shape[1])
         return _passes.transposed_product(matrix(dy), matrix(operand), workspace).view_as(weight)
+
+    def _takes_winograd(self, grad: ConvGrad, weight: Tensor, geometry: Geometry) -> bool:
+        """Whether a gradient does; of batch statistics only, as its convolution."""
+        winograd = grad.k0 is not None and _is_winograd(weight, geometry)
+        return winograd and uses_winograd(grad.y.shape)
 
     def _winograd_weight_grad(self, dy: Tensor, x: Tensor, stride: int) -> Tensor:
         n, channels, h, w = dy.shape

@@ -67,21 +67,12 @@ def writes_operand(reads: int) -> bool:
 _WINOGRAD_PIXELS = 512
 
 
-def _pixels(shape: Sequence[int]) -> int:
-    return shape[0] * shape[2] * shape[3]
-
-
-def uses_winograd(output: Sequence[int], stride: int) -> bool:
+def uses_winograd(output: Sequence[int]) -> bool:
     """Whether a 3x3 convolution on CPU with that output ``[N, C, H, W]`` goes Winograd's way.
 
-    So does the gradient of its input. With every pixel it pays for transforming the weight. Time
-    against oneDNN's, two threads: stride 1: 0.55 from 3,136 pixels on, 0.85 for 784; stride 2: 0.8
-    for 3,136, 1.1 for 784.
+    So do the gradients of its input and weight. With every pixel it pays for transforming the
+    weight. Time against oneDNN's, two threads, down to 784 pixels: stride 1 0.6 to 0.75, its
+    weight's gradient 0.4 to 0.75; stride 2 0.8 to 0.95, 0.45 to 0.7.
     """
-    return _pixels(output) >= _WINOGRAD_PIXELS * stride**2
-
-
-def uses_winograd_weight_grad(output: Sequence[int]) -> bool:
-    """Whether the gradient of its weight does: 0.65 to 0.85 of oneDNN's time for stride 1, 0.75 to
-    0.95 for stride 2, down to 784 pixels."""
-    return _pixels(output) >= _WINOGRAD_PIXELS
+    n, _, h, w = output
+    return n * h * w >= _WINOGRAD_PIXELS

@@ -418,7 +418,8 @@ class PixelProduct {
     const ChannelRange range = channels(block);
     const bool whole = split.channel_parts == 1;
     kernels_in_use().accumulate(
-        {block.rows,
+        {0,
+         block.rows,
          range.size(),
          narrow_,
          left(block),

@@ -255,8 +255,9 @@ FB_INLINE void accumulate_tile(const Accumulate& p, Sum* all_sums, int64_t l, in
                                Prefetcher& ahead) {
   constexpr int width = Vectors * kVector;
   constexpr int count = kTileLeft * width;
-  const float* left = p.left + l / kLeft * kLeft * p.left_stride + l % kLeft;
-  const float* right = p.right + c * p.right_stride;
+  const float* left =
+      p.left + l / kLeft * kLeft * p.left_stride + l % kLeft + p.begin * kLeft;
+  const float* right = p.right + c * p.right_stride + p.begin * width;
   Sum* sums = all_sums + l * p.right_channels + c * kTileLeft;
   for (int i = 0; i < count; i += 64 / static_cast<int>(sizeof(Sum)))
     __builtin_prefetch(sums + i, 1);
@@ -287,11 +288,12 @@ FB_INLINE void widen_left(const float* left, int64_t rows, double* wide) {
 template <int Vectors>
 FB_INLINE void accumulate_tile_in_double(const Accumulate& p, int64_t l, int64_t c) {
   constexpr int width = Vectors * kVector;
-  const float* left = p.left + l / kLeft * kLeft * p.left_stride + l % kLeft;
+  const float* left =
+      p.left + l / kLeft * kLeft * p.left_stride + l % kLeft + p.begin * kLeft;
   double wide[kChain * kTileLeft];
   DoubleVector tile[kTileLeft][2 * Vectors];
   for (int v = 0; v < Vectors; ++v) {
-    const float* right = p.right + c * p.right_stride + v * kVector;
+    const float* right = p.right + c * p.right_stride + p.begin * width + v * kVector;
     DoubleVector part[kTileLeft][2] = {};
     for (int64_t begin = 0; begin < p.rows; begin += kChain) {
       const int64_t rows = min64(kChain, p.rows - begin);
@@ -316,7 +318,7 @@ FB_INLINE void accumulate_tile_in_double(const Accumulate& p, int64_t l, int64_t
 
 // A group of right panels that stays in the L2 cache goes along all left ones.
 void accumulate(const Accumulate& p) {
-  const int64_t fitting = kNarrowBytes / (p.rows * static_cast<int64_t>(sizeof(float)));
+  const int64_t fitting = kNarrowBytes / ((p.rows + 1) * static_cast<int64_t>(sizeof(float)));
   const int64_t group = fitting < kWide ? kWide : fitting / kWide * kWide;
   const int64_t tiles = p.left_channels / kTileLeft * ((p.right_channels + kWide - 1) / kWide);
   Prefetcher ahead(p.ahead, (p.upper ? tiles / 2 : tiles) * (p.rows / kLeft) + 1);

@@ -71,14 +71,55 @@ int64_t tile_count(int64_t count, int64_t height, int64_t width, int outputs) {
   return count * ((height + outputs - 1) / outputs) * ((width + outputs - 1) / outputs);
 }
 
+bool overhangs(int64_t pixels, const WinogradKernels& kernels) {
+  return pixels % kernels.outputs != 0;
+}
+
+// The range of a block's tiles, with its classes in the order right, whole, below, corner.
+TileRange tile_range(const Images& from, const Images& to, const Block& block, int outputs) {
+  const int64_t across = (to.width + outputs - 1) / outputs, whole_across = to.width / outputs;
+  const int64_t down = (to.height + outputs - 1) / outputs, whole_down = to.height / outputs;
+  int64_t tiles[kTileClasses] = {};
+  for (int64_t tile = block.begin; tile < block.begin + block.rows; ++tile) {
+    const bool over = tile % across >= whole_across, under = tile / across % down >= whole_down;
+    ++tiles[under ? (over ? kCorner : kBelow) : (over ? kRight : kWhole)];
+  }
+  TileRange range{from.height, from.width,  from.channels, to.height, to.width,
+                  to.channels, block.begin, block.rows,    {}};
+  range.first_of[kWhole] = tiles[kRight];
+  range.first_of[kBelow] = range.first_of[kWhole] + tiles[kWhole];
+  range.first_of[kCorner] = range.first_of[kBelow] + tiles[kBelow];
+  return range;
+}
+
+// Rows [begin, end) of the panels that have a product at a position.
+struct Rows {
+  Rows(const WinogradKernels& kernels, const TileRange& range, int position) {
+    // Whether the last tile of a line of so many pixels has it, too.
+    const auto in_last = [&](int64_t pixels, int at) {
+      const int64_t outputs = pixels % kernels.outputs;
+      return outputs == 0 || (kernels.needed.positions[outputs] >> at & 1) != 0;
+    };
+    const bool in_right = in_last(range.out_width, position % kernels.points);
+    const bool in_below = in_last(range.out_height, position / kernels.points);
+    begin = in_right ? 0 : range.first_of[kWhole];
+    end = in_below ? (in_right ? range.count : range.first_of[kCorner]) : range.first_of[kBelow];
+  }
+
+  int64_t count() const { return end - begin; }
+
+  int64_t begin, end;
+};
+
 // How one call is cut up, and the memory that it takes.
 struct Plan {
   Plan(int positions, int64_t tiles, int64_t depth, int64_t channels)
       : positions(positions),
         blocks(tiles, thread_count(), tile_limit(positions * depth * channels)),
         weight(round_up(depth * channels, kAlignment)),
-        panel(round_up(depth * left_stride(blocks.block), kAlignment)),
-        value(round_up(blocks.block * channels, kAlignment)) {}
+        rows(blocks.block + kRowMultiple),
+        panel(round_up(depth * left_stride(rows), kAlignment)),
+        value(round_up(rows * channels, kAlignment)) {}
 
   int64_t thread_floats() const { return positions * (panel + value); }
   int64_t bytes() const {
@@ -93,7 +134,9 @@ struct Plan {
 
   int positions;
   Blocks blocks;
-  int64_t weight, panel, value;  // floats of one position
+  int64_t weight;        // floats of one position
+  int64_t rows;          // room for the last of a position's rows to begin anywhere
+  int64_t panel, value;  // floats of one position
 };
 
 // The same for the gradient of the weight.
@@ -127,7 +170,11 @@ struct GradPlan {
 // width].
 int64_t grad_products(WinogradScheme scheme, int64_t count, int64_t height, int64_t width) {
   const WinogradKernels& kernels = winograd_kernels(scheme);
-  return kernels.points * kernels.points * tile_count(count, height, width, kernels.outputs);
+  const auto along = [&](int64_t pixels) {
+    const int last = kernels.needed.positions[pixels % kernels.outputs];
+    return pixels / kernels.outputs * kernels.points + __builtin_popcount(last);
+  };
+  return count * along(height) * along(width);
 }
 
 // Simpler transforms are worth so many more products.
@@ -204,24 +251,28 @@ void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool 
   const bool turned = transposed && scheme == WinogradScheme::forward;
   pack_weight(kernels, weight, transposed, turned, right, plan.weight);
   float* arrays = workspace.take<float>(plan.blocks.threads * plan.thread_floats());
-  const int64_t panel_rows = left_stride(plan.blocks.block);
+  const int64_t panel_rows = left_stride(plan.rows);
+  const bool over = overhangs(to.height, kernels) || overhangs(to.width, kernels);
   auto* y = static_cast<float*>(out.mutable_data_ptr());
   const ProductKernels& products = kernels_in_use();
   parallel_blocks(plan.blocks, [&](const Block& block) {
     float* left = arrays + block.worker * plan.thread_floats();
     float* values = left + plan.positions * plan.panel;
-    const TileRange range{from.height, from.width, depth,       to.height,
-                          to.width,    channels,   block.begin, block.rows};
-    kernels.transform_input({range, from.data, panel_rows, left, plan.panel});
-    for (int position = 0; position < plan.positions; ++position)
-      products.multiply({round_up(block.rows, kRowMultiple),
+    const TileRange range = tile_range(from, to, block, kernels.outputs);
+    const int64_t padded = over ? block.rows + kRowMultiple : round_up(block.rows, kRowMultiple);
+    kernels.transform_input({range, padded, from.data, panel_rows, left, plan.panel});
+    for (int position = 0; position < plan.positions; ++position) {
+      const Rows rows(kernels, range, position);
+      if (rows.count() == 0) continue;
+      products.multiply({round_up(rows.count(), kRowMultiple),
                          depth,
                          channels,
-                         left + position * plan.panel,
+                         left + position * plan.panel + rows.begin * kLeft,
                          panel_rows,
                          right + position * plan.weight,
-                         values + position * plan.value,
+                         values + position * plan.value + rows.begin * channels,
                          {}});
+    }
     kernels.transform_output({range, values, plan.value, y});
   });
 }
@@ -246,8 +297,7 @@ Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
   parallel_blocks(plan.blocks, plan.split.channel_parts, [&](const Block& block) {
     float* left = arrays + block.worker * plan.thread_floats();
     float* right = left + plan.left;
-    const TileRange range{from.height, from.width,  from.channels, dy.height,
-                          dy.width,    dy.channels, block.begin,   block.rows};
+    const TileRange range = tile_range(from, dy, block, kernels.outputs);
     const ChannelRange channels(dy.channels, plan.split.channel_parts, block.part);
     const Sums to = sums + block.share * part_step + channels.begin * from.channels;
     for (int position = 0; position < plan.positions; ++position) {
@@ -256,7 +306,9 @@ Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
             {range, dy.data, position, channels.begin, channels.end, left_rows, left});
       kernels.pack_input_position(
           {range, from.data, position, 0, from.channels, right_rows, right});
-      products.accumulate({block.rows,
+      const Rows rows(kernels, range, position);
+      products.accumulate({rows.begin,
+                           rows.count(),
                            channels.size(),
                            from.channels,
                            left,

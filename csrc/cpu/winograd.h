@@ -18,6 +18,9 @@
 //                                                   images that larger tiles overhang
 //
 // In two dimensions all counts are squared: 16 products for 36, 25 for 36, and 9 for 9.
+//
+// Where the last tile of a line overhangs the image, some positions lead to outputs outside of it
+// only, and have no product for that tile: at 7x7 225 for 16 * 16.
 #pragma once
 
 #include <cstdint>
@@ -26,20 +29,34 @@
 
 namespace fused_bottleneck::cpu {
 
+// How a tile lies in its image: whole, over its right edge, its lower edge, or both.
+enum TileClass : int { kWhole, kRight, kBelow, kCorner };
+constexpr int kTileClasses = 4;
+
+// positions[n], bit p: position p of a line leads to one of its first n outputs.
+constexpr int kMostOutputs = 4;
+struct Needed {
+  uint8_t positions[kMostOutputs + 1];
+};
+
 enum class WinogradScheme : int { forward, strided, strided_grad, direct };
 constexpr int kWinogradSchemes = 4;
 
 // Images [in_height, in_width, in_channels] and [out_height, out_width, out_channels], and output
-// tiles [begin, begin + count) of them, which are numbered row by row, image by image.
+// tiles [begin, begin + count) of them, which are numbered row by row, image by image. The panels
+// have the tiles by class, those of a class in this order: the rows of all classes but those which
+// a position does not need are contiguous.
 struct TileRange {
   int64_t in_height, in_width, in_channels;
   int64_t out_height, out_width, out_channels;
   int64_t begin, count;
+  int64_t first_of[kTileClasses];  // row of a class's first tile: right, whole, below, corner
 };
 
-// V of a range of tiles as left panels, one array per position; rows up to kRowMultiple are zero.
+// V of a range of tiles as left panels, one array per position; rows up to `padded` are zero.
 struct TransformInput {
   TileRange tiles;
+  int64_t padded;
   const float* x;
   int64_t stride;  // of the panels, in rows
   float* panels;
@@ -84,6 +101,7 @@ struct TransformSums {
 
 struct WinogradKernels {
   int points, outputs;  // along one dimension
+  Needed needed;
   bool one_grad;        // A dy is the same at all positions
   // Of a convolution; null where the scheme is not for that.
   void (*transform_input)(const TransformInput&);

@@ -23,6 +23,7 @@ struct Taps {
 // F(2, 3). Input pixel 0 is output pixel 0 less the padding.
 struct Forward {
   static constexpr int inputs = 4, points = 4, outputs = 2, step = 2, origin = -1;
+  static constexpr Needed needed = {{0, 0b0111, 0b1111}};
 
   static FB_INLINE Line<4> input(const Line<4>& d) {
     return {{d.at[0] - d.at[2], d.at[1] + d.at[2], d.at[2] - d.at[1], d.at[1] - d.at[3]}};
@@ -49,6 +50,7 @@ struct Forward {
 // Stride 2: two taps over the even inputs, F(2, 2), and one tap over the odd ones.
 struct Strided {
   static constexpr int inputs = 5, points = 5, outputs = 2, step = 4, origin = -1;
+  static constexpr Needed needed = {{0, 0b01011, 0b11111}};
 
   static FB_INLINE Line<5> input(const Line<5>& d) {
     return {{d.at[0] - d.at[2], d.at[2], d.at[4] - d.at[2], d.at[1], d.at[3]}};
@@ -74,6 +76,7 @@ struct Strided {
 // 3 two of the turned weight.
 struct StridedGrad {
   static constexpr int inputs = 3, points = 5, outputs = 4, step = 2, origin = 0;
+  static constexpr Needed needed = {{0, 0b01000, 0b01011, 0b11011, 0b11111}};
 
   static FB_INLINE Line<5> input(const Line<3>& y) {
     return {{y.at[0] - y.at[1], y.at[1], y.at[2] - y.at[1], y.at[0], y.at[1]}};
@@ -89,6 +92,7 @@ struct StridedGrad {
 // Stride 2, a tile to an output pixel, for the gradient of the weight only.
 struct Direct {
   static constexpr int inputs = 3, points = 3, outputs = 1, step = 2, origin = -1;
+  static constexpr Needed needed = {{0, 0b111}};
 
   static constexpr Taps input_taps[3] = {{{0, 0}, {1, 0}}, {{1, 1}, {1, 0}}, {{2, 2}, {1, 0}}};
   static constexpr Taps grad_taps[3] = {{{0, 0}, {1, 0}}, {{0, 0}, {1, 0}}, {{0, 0}, {1, 0}}};
@@ -102,16 +106,24 @@ FB_INLINE int64_t tiles_along(int64_t pixels, int outputs) {
   return (pixels + outputs - 1) / outputs;
 }
 
-// body(image, tile row, first tile column, tiles, number within the range) for each row of a range.
+// body(image, tile row, first tile column, tiles, their first row in the panels) for tiles of one
+// class side by side.
 template <class Scheme, class Body>
 FB_INLINE void for_each_tile_run(const TileRange& p, const Body& body) {
   const int64_t across = tiles_along(p.out_width, Scheme::outputs);
   const int64_t down = tiles_along(p.out_height, Scheme::outputs);
+  const int64_t whole_across = p.out_width / Scheme::outputs;
+  const int64_t whole_down = p.out_height / Scheme::outputs;
+  int64_t next[kTileClasses];
+  for (int i = 0; i < kTileClasses; ++i) next[i] = p.first_of[i];
   for (int64_t t = 0; t < p.count;) {
     const int64_t tile = p.begin + t;
     const int64_t column = tile % across, row = tile / across % down, image = tile / across / down;
-    const int64_t tiles = min64(across - column, p.count - t);
-    body(image, row, column, tiles, t);
+    const bool inside = column < whole_across;
+    const int kind = row < whole_down ? (inside ? kWhole : kRight) : (inside ? kBelow : kCorner);
+    const int64_t tiles = min64((inside ? whole_across : across) - column, p.count - t);
+    body(image, row, column, tiles, next[kind]);
+    next[kind] += tiles;
     t += tiles;
   }
 }
@@ -173,10 +185,9 @@ void transform_input(const TransformInput& p) {
           transform_input_run<Scheme>(p, p.x + image * image_size + c, row, column, tiles,
                                       p.panels + c * p.stride + t * kLeft);
         });
-  const int64_t padded = (range.count + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
   for (int position = 0; position < Scheme::points * Scheme::points; ++position)
     for (int64_t c = 0; c < channels; c += kLeft)
-      for (int64_t at = range.count * kLeft; at < padded * kLeft; ++at)
+      for (int64_t at = range.count * kLeft; at < p.padded * kLeft; ++at)
         p.panels[position * p.position_step + c * p.stride + at] = 0;
 }
 
@@ -406,6 +417,7 @@ template <class Scheme>
 inline constexpr WinogradKernels kernels_with_weight_grad = {
     Scheme::points,
     Scheme::outputs,
+    Scheme::needed,
     false,
     transform_input<Scheme>,
     transform_weight<Scheme>,
@@ -419,10 +431,11 @@ inline constexpr WinogradKernels kernels_with_weight_grad = {
 const WinogradKernels winograd_kernels[kWinogradSchemes] = {
     kernels_with_weight_grad<Forward>,
     kernels_with_weight_grad<Strided>,
-    {StridedGrad::points, StridedGrad::outputs, false, transform_input<StridedGrad>,
-     transform_weight<StridedGrad>, transform_output<StridedGrad>, nullptr, nullptr, nullptr},
-    {Direct::points, Direct::outputs, true, nullptr, nullptr, nullptr, pack_input_position<Direct>,
-     pack_grad_position<Direct>, transform_sums<Direct>},
+    {StridedGrad::points, StridedGrad::outputs, StridedGrad::needed, false,
+     transform_input<StridedGrad>, transform_weight<StridedGrad>, transform_output<StridedGrad>,
+     nullptr, nullptr, nullptr},
+    {Direct::points, Direct::outputs, Direct::needed, true, nullptr, nullptr, nullptr,
+     pack_input_position<Direct>, pack_grad_position<Direct>, transform_sums<Direct>},
 };
 
 }  // namespace fused_bottleneck::cpu::FUSED_BOTTLENECK_ISA
