@@ -70,7 +70,7 @@ demo: build ## train a small ResNet on real images, plain and fused (at most 3 m
 test: build ## run every test (at most 10 minutes)
 	$(python) -m pytest $(parallel)
 
-test-fast: build ## run the tests that are not slow (under 2 minutes on two cores)
+test-fast: build ## run the tests that are not slow (90 s on two cores)
 	$(python) -m pytest $(parallel) -m "not slow"
 
 test-gpu: $(library) ## run the tests that need a CUDA device, in VENV if it is there, else by PYTHON

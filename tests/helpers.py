@@ -219,8 +219,9 @@ def assert_equal_float64(
 
 def relative_error(actual: Tensor, expected: Tensor, least: float = 0.0) -> float:
     """Norm of the difference over that of the expected tensor, or over least if that is more."""
-    norm = max(float(expected.double().norm()), least)
-    difference = float((actual.double() - expected.double()).norm())
+    actual, expected = actual.detach().double(), expected.detach().double()
+    norm = max(float(expected.norm()), least)
+    difference = float((actual - expected).norm())
     return difference / norm if norm else difference
 
 

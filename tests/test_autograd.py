@@ -135,6 +135,7 @@ def test_gradcheck_every_element(function: str) -> None:
     assert gradcheck(f, tensors)
 
 
+@pytest.mark.slow
 @over_functions
 @pytest.mark.parametrize("biases", [False, True], ids=["without conv biases", "with conv biases"])
 def test_gradgradcheck(biases: bool, function: str) -> None:

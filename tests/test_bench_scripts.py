@@ -31,6 +31,8 @@ from benchmarks.shapes import NETWORKS, SHAPES, BlockShape, network
 from benchmarks.traffic import fused_stages
 from fused_bottleneck import Bottleneck, FusedBottleneck
 
+pytestmark = pytest.mark.slow
+
 
 class Ticks:
     """A clock that advances by one at each look."""

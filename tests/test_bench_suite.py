@@ -13,6 +13,8 @@ import pytest
 from benchmarks import suite
 from benchmarks.suite import Part
 
+pytestmark = pytest.mark.slow
+
 CODE = "import sys; print('ran'); sys.exit({})"
 # Starts a process of its own, says so, and never ends; neither heeds a request to.
 STUBBORN = """

@@ -86,6 +86,7 @@ def test_undefined_symbols() -> None:
     assert not [s for s in symbols - stable if foreign.match(s)]
 
 
+@pytest.mark.slow
 def test_loads_without_a_gpu_and_only_when_asked_for() -> None:
     code = (
         "import torch, fused_bottleneck as fb\n"

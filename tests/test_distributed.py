@@ -102,6 +102,7 @@ SPLITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("case", ["identity", "downsample", "unit"])
@@ -141,6 +142,7 @@ def test_resolutions(pool: Pool, case: str, sizes: str) -> None:
 # Lower precision, and inputs whose mean is large against their deviation.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", WIDE)
 def test_lower_precision(pool: Pool, case: str, dtype: torch.dtype) -> None:
@@ -337,6 +339,7 @@ def _fails(rank: int) -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 def test_pool_reports_a_failing_rank(pool: Pool) -> None:
     """In bounded time, though the other rank waits for it; the next call has new processes."""
     start = time.monotonic()
@@ -349,6 +352,7 @@ def _alone(rank: int, job: Job) -> Result:
     return run(job.synchronised(), job.part(rank))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["identity", "downsample", "unit"])
 def test_one_process(pool: Pool, case: str) -> None:
     """Without a process group, or alone in one, it is a BatchNorm2d."""
@@ -439,6 +443,7 @@ def _checkpointed(rank: int, job: Job, reentrant: bool) -> tuple[Result, Result]
     return run(again, job.part(rank)), run(block, job.part(rank))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("case", ["downsample", "unit"])
 def test_activation_checkpointing(pool: Pool, case: str, reentrant: bool) -> None:

@@ -131,18 +131,21 @@ def test_building_without_torch_says_so(source_tree: Path, tmp_path: Path) -> No
     assert_one_sentence(result, "PyTorch >= 2.10", "pip install")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env", [{"CXX": "/nonexistent/c++"}, {"CXX": "", "PATH": ""}])
 def test_building_without_compiler_says_so(source_tree: Path, env: dict[str, str]) -> None:
     result = run([sys.executable, "setup.py", "--quiet", "build_ext"], source_tree, **env)
     assert_one_sentence(result, "C++17 compiler", "CXX")
 
 
+@pytest.mark.slow
 def test_building_cuda_without_nvcc_says_so(source_tree: Path, tmp_path: Path) -> None:
     env = {"CUDA_HOME": str(tmp_path), "FUSED_BOTTLENECK_BUILD_CUDA": "1"}
     result = run([sys.executable, "setup.py", "--quiet", "build_ext"], source_tree, **env)
     assert_one_sentence(result, "nvcc was not found", "CUDA_HOME")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_wrong_architecture_says_so(source_tree: Path) -> None:
     env = {"TORCH_CUDA_ARCH_LIST": "8.0;hopper"}

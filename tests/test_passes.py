@@ -343,6 +343,7 @@ def test_every_instruction_set_gives_the_same_bits(tmp_path: Path) -> None:
             )
 
 
+@pytest.mark.slow
 def test_unknown_instruction_set_is_an_error() -> None:
     code = "import torch, test_passes as t; t.passes.channel_moments(torch.ones(2, 2))"
     child = run_child(code, FUSED_BOTTLENECK_CPU_CAPABILITY="sse9")

@@ -359,6 +359,7 @@ for threads in range(1, 10):
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_read_behind_the_last_row() -> None:
     """However many threads share the channels: the page after the operands must not be touched."""
     subprocess.run([sys.executable, "-c", READS_TO_THE_END], check=True)
@@ -403,6 +404,7 @@ def test_instruction_sets_agree(tmp_path: Path) -> None:
     assert_close(*found)
 
 
+@pytest.mark.slow
 def test_level_without_products() -> None:
     code = (
         "import torch; from fused_bottleneck import extension; ops = torch.ops.fused_bottleneck;"

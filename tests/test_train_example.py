@@ -24,6 +24,8 @@ from config import Config, Stop  # noqa: E402
 from data import batch_indices  # noqa: E402
 from model import build  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "--data",
     "digits",
