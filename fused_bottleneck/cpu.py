@@ -11,7 +11,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from .operands import POINTWISE, Activation, Geometry, MaskedGrad, matrix
+from . import extension
+from .operands import POINTWISE, Activation, Geometry, MaskedGrad, matrix, pixels
 from .pass_stages import PassStages, input_grad, pointwise
 from .scratch import Lease, result_empty
 from .stages import ConvTerm, FoldedTerm, InputTerm, conv2d, conv2d_backward
@@ -22,6 +23,14 @@ _passes = torch.ops.fused_bottleneck
 # and be large against the weights, which every product reads anew.
 _CHUNK_BYTES = 7 * 2**20
 _CHUNK_PER_WEIGHT = 8
+
+
+CHANNEL_MULTIPLE = 16
+
+
+def products_fit(*channels: int) -> bool:
+    """Whether this library's products can take matrices of so many channels."""
+    return all(c % CHANNEL_MULTIPLE == 0 for c in channels)
 
 
 def _image_matrices(t: Tensor) -> Tensor:
@@ -35,6 +44,7 @@ class CpuStages(PassStages):
     def __init__(self) -> None:
         super().__init__()
         self._lease = Lease()
+        self._lent: dict[str, Tensor] = {}
 
     def __enter__(self) -> "CpuStages":
         self._lease.__enter__()
@@ -47,6 +57,7 @@ class CpuStages(PassStages):
         trace: TracebackType | None,
     ) -> None:
         super().__exit__(kind, error, trace)
+        self._lent.clear()
         self._lease.__exit__(kind, error, trace)
 
     # Memory, chunks and the products over pixels.
@@ -82,11 +93,29 @@ class CpuStages(PassStages):
 
     def _pixel_product(self, g: Tensor, d: Tensor) -> Tensor:
         """In float32 as the weight gradient of a 1x1 convolution: faster than the matrix product
-        here."""
-        if g.dtype != torch.float32:
+        here, and as this library's own product where that can be."""
+        if g.dtype == torch.float64:
             return super()._pixel_product(g, d)
+        g, d = self._widened(g, "g"), self._widened(d, "d")
+        if extension.has_products() and products_fit(g.shape[1], d.shape[1]):
+            size = _passes.product_workspace(pixels(g), g.shape[1], d.shape[1])
+            return _passes.transposed_product(matrix(g), matrix(d), self._lend(size))
         like = g.new_empty(g.shape[1], d.shape[1], 1, 1)
         return conv2d_backward(g, d, like, POINTWISE, (False, True))[1].flatten(1)
+
+    def _widened(self, t: Tensor, name: str) -> Tensor:
+        """The tensor in float32, valid until the next of that name."""
+        if t.dtype == torch.float32:
+            return t
+        n, c, h, w = t.shape
+        flat = self._lend(4 * t.numel(), name).view(torch.float32)[: t.numel()]
+        return flat.view(n, h, w, c).permute(0, 3, 1, 2).copy_(t)
+
+    def _lend(self, size: int, name: str = "workspace") -> Tensor:
+        """At least that many bytes, the same ones for each use of a name."""
+        if name not in self._lent or self._lent[name].numel() < size:
+            self._lent[name] = self._lease.take_bytes(-(-size // 64) * 64)
+        return self._lent[name]
 
     # Forward.
 

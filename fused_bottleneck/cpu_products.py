@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import algebra
 from .algebra import FoldForward, OperandGrad
-from .cpu import CpuStages
+from .cpu import CpuStages, products_fit
 from .operands import (
     Activation,
     ConvGrad,
@@ -42,26 +42,21 @@ from .stages import (
 
 _passes = torch.ops.fused_bottleneck
 
-CHANNEL_MULTIPLE = 16
 _LARGE_MATRIX = 2**16  # elements
-
-
-def _fits(*channels: int) -> bool:
-    """Whether a product can take matrices of so many channels."""
-    return all(c % CHANNEL_MULTIPLE == 0 for c in channels)
 
 
 def _is_product(weight: Tensor, geometry: Geometry) -> bool:
     """Whether a convolution is one product over (strided) pixels."""
     pointwise = weight.shape[2:] == (1, 1) and geometry.padding == (0, 0) and geometry.groups == 1
-    return pointwise and _fits(*weight.shape[:2])
+    return pointwise and products_fit(*weight.shape[:2])
 
 
 def _is_winograd(weight: Tensor, geometry: Geometry) -> bool:
     """Whether a convolution is one that Winograd's way can take."""
     plain = Geometry(geometry.stride, (1, 1))
     strides = geometry.stride in ((1, 1), (2, 2))
-    return weight.shape[2:] == (3, 3) and geometry == plain and strides and _fits(*weight.shape[:2])
+    fits = products_fit(*weight.shape[:2])
+    return weight.shape[2:] == (3, 3) and geometry == plain and strides and fits
 
 
 def _nhwc(t: Tensor) -> Tensor:
@@ -74,21 +69,15 @@ class CpuProductStages(CpuStages):
 
     def __init__(self) -> None:
         super().__init__()
-        self._lent = torch.empty(0, dtype=torch.uint8)
         self._single_grams: dict[int, Tensor] = {}  # operands, by the id of their covariance
 
     def _workspace(self, a: Tensor, channels: int) -> Tensor:
         """Memory for a product of ``[N, K, H, W]`` pixels with ``channels`` others or outputs."""
         return self._lend(_passes.product_workspace(pixels(a), a.shape[1], channels))
 
-    def _lend(self, size: int) -> Tensor:
-        if self._lent.numel() < size:
-            self._lent = self._lease.take_bytes(size)
-        return self._lent
-
     def _matrix_product(self, a: Tensor, b: Tensor) -> Tensor:
         """Where it is large enough for this library's products: twice as fast as a BLAS here."""
-        small = a.numel() < _LARGE_MATRIX or not _fits(*a.shape, b.shape[1])
+        small = a.numel() < _LARGE_MATRIX or not products_fit(*a.shape, b.shape[1])
         if small or not b.is_contiguous():
             return super()._matrix_product(a, b)
         if a.is_contiguous():
@@ -162,7 +151,7 @@ class CpuProductStages(CpuStages):
     def gram(self, operand: Operand) -> tuple[Tensor, Tensor]:
         """In float32 to begin with: fold may ask for more."""
         d = self._operand(operand)
-        if not _fits(d.shape[1]):
+        if not products_fit(d.shape[1]):
             return super().gram(operand)
         mean_d, cov = self._covariance(d, _passes.gram)
         self._single_grams[id(cov)] = d
@@ -205,13 +194,13 @@ class CpuProductStages(CpuStages):
         out: Tensor,
         mask: Tensor,
     ) -> None:
-        if isinstance(first, Tensor) or not _fits(*first.folded.weight.shape):
+        if isinstance(first, Tensor) or not products_fit(*first.folded.weight.shape):
             return super()._tail_images(first, second, shift, i, j, out, mask)
         terms: list[Tensor | None] = []
         operands = []
         residual = None
         for source in (first, second):
-            if isinstance(source, FoldedTerm) and _fits(*source.folded.weight.shape):
+            if isinstance(source, FoldedTerm) and products_fit(*source.folded.weight.shape):
                 operands.append(self._operand(source.operand)[i:j])
                 terms += [matrix(operands[-1]), source.folded.weight.t()]
             else:
@@ -226,7 +215,7 @@ class CpuProductStages(CpuStages):
     def tail_wgrad(
         self, grad: MaskedGrad, operands: Sequence[Operand], weights: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        if not all(_fits(*a.shape) for a in weights):
+        if not all(products_fit(*a.shape) for a in weights):
             return super().tail_wgrad(grad, operands, weights)
         sum_g, products = grad.grad_out.new_empty(0), []
         for operand, a in zip(operands, weights, strict=True):
@@ -242,7 +231,7 @@ class CpuProductStages(CpuStages):
     def tail_dgrad(
         self, grad: MaskedGrad, act: Activation, coefficients: OperandGrad, invstd: Tensor
     ) -> tuple[Tensor, GradSums]:
-        if coefficients.b is None or not _fits(act.y.shape[1]):
+        if coefficients.b is None or not products_fit(act.y.shape[1]):
             return super().tail_dgrad(grad, act, coefficients, invstd)
         product = self._products[operand_key(act)]
         return self._product_reduce(
@@ -334,7 +323,7 @@ class CpuProductStages(CpuStages):
 
     def _add_folded_input_grad(self, grad_x: Tensor, term: InputTerm) -> None:
         operand, coefficients, _ = term
-        if coefficients.b is None or not _fits(grad_x.shape[1]):
+        if coefficients.b is None or not products_fit(grad_x.shape[1]):
             return super()._add_folded_input_grad(grad_x, term)
         d, product = self._operand(operand), self._products[operand_key(operand)]
         value = self._scratch(d)

@@ -25,7 +25,7 @@ what they feed is differences of large sums.
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ from .operands import (
     matrix,
     pixels,
 )
+from .rules import convolution_dtype
 
 Operand = Activation | StridedInput
 
@@ -144,18 +145,22 @@ def _per_channel(v: Tensor) -> Tensor:
 def conv2d(x: Tensor, weight: Tensor, geometry: Geometry = POINTWISE) -> Tensor:
     """A convolution without bias, ``[N, C, H, W]`` to ``[N, W, H', W']``."""
     stride, padding, dilation, groups = geometry
-    return torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+    dtype = convolution_dtype(x.device.type, x.dtype)
+    x_wide, weight_wide = x.to(dtype), weight.to(dtype)
+    y = torch.conv2d(x_wide, weight_wide, None, stride, padding, dilation, groups)
+    return y.to(x.dtype)
 
 
 def conv2d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needs: tuple[bool, bool]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Any, Any]:
     """Gradients (input, weight) of ``conv2d``; one that is not needed is None."""
     stride, padding, dilation, groups = geometry
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        weight,
+    dtype = convolution_dtype(x.device.type, x.dtype)
+    grads = torch.ops.aten.convolution_backward(
+        grad.to(dtype),
+        x.to(dtype),
+        weight.to(dtype),
         None,
         stride,
         padding,
@@ -165,6 +170,7 @@ def conv2d_backward(
         groups,
         (*needs, False),
     )
+    grad_x, grad_weight = (t if t is None else t.to(x.dtype) for t in grads[:2])
     return grad_x, grad_weight
 
 

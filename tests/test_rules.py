@@ -1,0 +1,58 @@
+"""The rules that choose by dtype and shape (fused_bottleneck/rules.py)."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fused_bottleneck import rules
+from fused_bottleneck.operands import Geometry
+from fused_bottleneck.stages import conv2d, conv2d_backward
+
+SIXTEEN_BITS = [torch.bfloat16, torch.float16]
+over_dtypes = pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
+
+
+@pytest.fixture
+def no_instructions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A CPU that has none for 16-bit numbers."""
+    monkeypatch.setattr(rules, "_has_instructions", lambda dtype: False)
+    rules.convolution_dtype.cache_clear()
+    yield
+    rules.convolution_dtype.cache_clear()
+
+
+@over_dtypes
+@pytest.mark.usefixtures("no_instructions")
+def test_convolutions_without_instructions_are_float32_rounded_once(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, grad = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in [(2, 16, 5, 6), (8, 16, 3, 3), (2, 8, 3, 3)]
+    )
+    geometry = Geometry((2, 2), (1, 1))
+    wide = [t.float() for t in (grad, x, weight)]
+    assert torch.equal(conv2d(x, weight, geometry), conv2d(*wide[1:], geometry).to(dtype))
+    grads = conv2d_backward(grad, x, weight, geometry, (True, True))
+    for actual, expected in zip(grads, conv2d_backward(*wide, geometry, (True, True)), strict=True):
+        assert torch.equal(actual, expected.to(dtype))
+    assert conv2d_backward(grad, x, weight, geometry, (True, False))[1] is None
+
+
+@over_dtypes
+@pytest.mark.usefixtures("no_instructions")
+def test_other_devices_and_dtypes_are_taken_as_they_are(dtype: torch.dtype) -> None:
+    assert rules.convolution_dtype("cpu", dtype) == torch.float32
+    assert rules.convolution_dtype("cuda", dtype) == dtype
+    for wide in (torch.float32, torch.float64):
+        assert rules.convolution_dtype("cpu", wide) == wide
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_emulation_is_no_instruction(monkeypatch: pytest.MonkeyPatch, supported: bool) -> None:
+    """OneDNN says that it supports bfloat16 wherever AVX-512 is."""
+    monkeypatch.setattr(rules.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    expected = supported and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert rules._has_instructions(torch.bfloat16) == expected
