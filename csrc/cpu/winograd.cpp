@@ -141,16 +141,18 @@ struct Plan {
 
 // The same for the gradient of the weight.
 struct GradPlan {
-  GradPlan(int positions, int64_t tiles, int64_t left, int64_t right)
-      : positions(positions),
+  GradPlan(const WinogradKernels& kernels, int64_t tiles, int64_t left, int64_t right)
+      : positions(kernels.points * kernels.points),
+        left_panels(kernels.one_grad ? 1 : kernels.points),
+        right_panels(kernels.points),
         split(Split::of(positions * left * right)),
         blocks(tiles, split.row_parts, kSummedTiles),
-        left(left * left_stride(blocks.block)),
-        right(right * right_stride(blocks.block)),
+        left(round_up(left * left_stride(blocks.block), kAlignment)),
+        right(round_up(right * right_stride(blocks.block), kAlignment)),
         sums(round_up(left * right, kAlignment)),
         float_sums(has_few_blocks(blocks)) {}
 
-  int64_t thread_floats() const { return round_up(left + right, kAlignment); }
+  int64_t thread_floats() const { return left_panels * left + right_panels * right; }
   int64_t workers() const { return blocks.threads * split.channel_parts; }
   int64_t bytes() const {
     return workers() * thread_floats() * static_cast<int64_t>(sizeof(float)) +
@@ -159,7 +161,7 @@ struct GradPlan {
            kAlignment;
   }
 
-  int positions;
+  int positions, left_panels, right_panels;  // panels: of a row of positions
   Split split;
   Blocks blocks;
   int64_t left, right, sums;  // floats of a block's panels, numbers of one position
@@ -203,8 +205,7 @@ int64_t winograd_workspace(int64_t count, int64_t height, int64_t width, int64_t
   return std::max(Plan(kernels.points * kernels.points,
                        tile_count(count, height, width, kernels.outputs), depth, channels)
                       .bytes(),
-                  GradPlan(grad.points * grad.points,
-                           tile_count(count, height, width, grad.outputs), channels, depth)
+                  GradPlan(grad, tile_count(count, height, width, grad.outputs), channels, depth)
                       .bytes());
 }
 
@@ -284,9 +285,8 @@ Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
   const WinogradKernels& kernels =
       winograd_kernels(grad_scheme(op, stride, dy.count, dy.height, dy.width));
   check_sizes(op, "grad", from, dy, stride, grad);
-  const GradPlan plan(kernels.points * kernels.points,
-                      tile_count(dy.count, dy.height, dy.width, kernels.outputs), dy.channels,
-                      from.channels);
+  const GradPlan plan(kernels, tile_count(dy.count, dy.height, dy.width, kernels.outputs),
+                      dy.channels, from.channels);
   Workspace workspace(op, lent, plan.bytes());
   float* arrays = workspace.take<float>(plan.workers() * plan.thread_floats());
   const int64_t part_step = plan.positions * plan.sums;
@@ -296,24 +296,27 @@ Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
   const ProductKernels& products = kernels_in_use();
   parallel_blocks(plan.blocks, plan.split.channel_parts, [&](const Block& block) {
     float* left = arrays + block.worker * plan.thread_floats();
-    float* right = left + plan.left;
+    float* right = left + plan.left_panels * plan.left;
     const TileRange range = tile_range(from, dy, block, kernels.outputs);
     const ChannelRange channels(dy.channels, plan.split.channel_parts, block.part);
     const Sums to = sums + block.share * part_step + channels.begin * from.channels;
     for (int position = 0; position < plan.positions; ++position) {
-      if (position == 0 || !kernels.one_grad)
-        kernels.pack_grad_position(
-            {range, dy.data, position, channels.begin, channels.end, left_rows, left});
-      kernels.pack_input_position(
-          {range, from.data, position, 0, from.channels, right_rows, right});
+      const int row = position / kernels.points, column = position % kernels.points;
+      if (column == 0) {
+        if (row == 0 || !kernels.one_grad)
+          kernels.pack_grad_row(
+              {range, dy.data, row, channels.begin, channels.end, left_rows, left, plan.left});
+        kernels.pack_input_row(
+            {range, from.data, row, 0, from.channels, right_rows, right, plan.right});
+      }
       const Rows rows(kernels, range, position);
       products.accumulate({rows.begin,
                            rows.count(),
                            channels.size(),
                            from.channels,
-                           left,
+                           left + column % plan.left_panels * plan.left,
                            left_rows,
-                           right,
+                           right + column % plan.right_panels * plan.right,
                            right_rows,
                            false,
                            false,

@@ -80,14 +80,15 @@ struct TransformOutput {
   float* y;
 };
 
-// One position of V as right panels, or of A dy as left panels, for channels [begin, end).
-struct PackPosition {
+// A row of positions of V as right panels, or of A dy as left panels, for channels [begin, end).
+struct PackRow {
   TileRange tiles;
   const float* source;
-  int position;
+  int row;
   int64_t begin, end;
   int64_t stride;
   float* panels;
+  int64_t position_step;
 };
 
 // The weight's gradient [left, 3, 3, right] from sums per position (as of Accumulate) of `parts`
@@ -102,14 +103,14 @@ struct TransformSums {
 struct WinogradKernels {
   int points, outputs;  // along one dimension
   Needed needed;
-  bool one_grad;        // A dy is the same at all positions
+  bool one_grad;        // A dy is the same at all positions: only the first is packed
   // Of a convolution; null where the scheme is not for that.
   void (*transform_input)(const TransformInput&);
   void (*transform_weight)(const TransformWeight&, int64_t begin, int64_t end);
   void (*transform_output)(const TransformOutput&);
   // Of the gradient of the weight; null where the scheme has none.
-  void (*pack_input_position)(const PackPosition&);
-  void (*pack_grad_position)(const PackPosition&);
+  void (*pack_input_row)(const PackRow&);
+  void (*pack_grad_row)(const PackRow&);
   void (*transform_sums)(const TransformSums&);
 };
 

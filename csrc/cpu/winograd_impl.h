@@ -307,56 +307,87 @@ void transform_output(const TransformOutput& p) {
 
 // --- the gradient of the weight ---
 
-// put(number of the tile, channel after p.begin, vector) for one position of every tile of images
-// [height, width, channels], whose tile's pixel 0 is tile number * step + origin.
-template <class Scheme, class Put>
-FB_INLINE void for_each_at_position(const PackPosition& p, const Taps* taps, int step, int origin,
-                                    int64_t height, int64_t width, int64_t channels,
-                                    const Put& put) {
-  const Taps &down = taps[p.position / Scheme::points], &across = taps[p.position % Scheme::points];
+// The pixels of one column of a tile that a row of positions takes: none, one or two.
+struct Column {
+  const float* pixel[2];
+  float sign[2];
+  int count = 0;
+};
+
+// Columns first .. first + Count - 1 of images [height, width, channels], rows by `down` from `top`.
+template <int Count>
+FB_INLINE void columns_of(const float* image, int64_t height, int64_t width, int64_t channels,
+                          const Taps& down, int64_t top, int64_t first,
+                          Column (&columns)[Count]) {
+  for (int j = 0; j < Count; ++j) {
+    columns[j].count = 0;
+    for (int i = 0; i < 2; ++i) {
+      const int64_t y = top + down.element[i], x = first + j;
+      if (down.sign[i] == 0 || y < 0 || y >= height || x < 0 || x >= width) continue;
+      columns[j].pixel[columns[j].count] = image + (y * width + x) * channels;
+      columns[j].sign[columns[j].count++] = down.sign[i];
+    }
+  }
+}
+
+FB_INLINE FloatVector column_sum(const Column& column, int64_t c) {
+  FloatVector sum{};
+  for (int i = 0; i < column.count; ++i)
+    sum = multiply_add(column.sign[i], load(Float{}, column.pixel[i] + c), sum);
+  return sum;
+}
+
+template <int Count>
+FB_INLINE FloatVector position_of(const Line<Count>& line, const Taps& across) {
+  const FloatVector v = line.at[across.element[0]] * across.sign[0];
+  return across.sign[1] == 0 ? v : v + line.at[across.element[1]] * across.sign[1];
+}
+
+// put(position of the row, row of the panels, channel after p.begin, vector) for every tile of
+// images [height, width, channels], whose first pixel is the tile's number * step + origin.
+template <int Count, int Points, class Scheme, class Put>
+FB_INLINE void for_each_of_row(const PackRow& p, const Taps (&taps)[Scheme::points], int step,
+                               int origin, int64_t height, int64_t width, int64_t channels,
+                               const Put& put) {
   for_each_tile_run<Scheme>(
       p.tiles, [&](int64_t image, int64_t row, int64_t column, int64_t tiles, int64_t first) {
         for (int64_t t = 0; t < tiles; ++t) {
-          const float* pixel[4];
-          float sign[4];
-          int count = 0;
-          for (int i = 0; i < 2; ++i)
-            for (int j = 0; j < 2; ++j) {
-              const int64_t y = step * row + origin + down.element[i];
-              const int64_t x = step * (column + t) + origin + across.element[j];
-              const float s = down.sign[i] * across.sign[j];
-              if (s == 0 || y < 0 || y >= height || x < 0 || x >= width) continue;
-              pixel[count] = p.source + ((image * height + y) * width + x) * channels;
-              sign[count++] = s;
-            }
+          Column columns[Count];
+          columns_of(p.source + image * height * width * channels, height, width, channels,
+                     taps[p.row], step * row + origin, step * (column + t) + origin, columns);
           for (int64_t c = p.begin; c < p.end; c += kVector) {
-            FloatVector sum{};
-            for (int i = 0; i < count; ++i)
-              sum = multiply_add(sign[i], load(Float{}, pixel[i] + c), sum);
-            put(first + t, c - p.begin, sum);
+            Line<Count> line;
+#pragma GCC unroll 5
+            for (int i = 0; i < Count; ++i) line.at[i] = column_sum(columns[i], c);
+#pragma GCC unroll 5
+            for (int j = 0; j < Points; ++j)
+              put(j, first + t, c - p.begin, position_of(line, taps[j]));
           }
         }
       });
 }
 
 template <class Scheme>
-void pack_input_position(const PackPosition& p) {
-  const int64_t whole = (p.end - p.begin) / kWide * kWide;
-  for_each_at_position<Scheme>(
+void pack_input_row(const PackRow& p) {
+  const int64_t in_wide = (p.end - p.begin) / kWide * kWide;
+  for_each_of_row<Scheme::inputs, Scheme::points, Scheme>(
       p, Scheme::input_taps, Scheme::step, Scheme::origin, p.tiles.in_height, p.tiles.in_width,
-      p.tiles.in_channels, [&](int64_t tile, int64_t c, FloatVector v) {
-        const int64_t width = c < whole ? kWide : kVector;
-        const int64_t panel = c < whole ? c / kWide * kWide : c;
-        store(Float{}, p.panels + panel * p.stride + tile * width + (c - panel), v);
+      p.tiles.in_channels, [&](int position, int64_t row, int64_t c, FloatVector v) {
+        const int64_t width = c < in_wide ? kWide : kVector;
+        const int64_t panel = c < in_wide ? c / kWide * kWide : c;
+        store(Float{},
+              p.panels + position * p.position_step + panel * p.stride + row * width + (c - panel),
+              v);
       });
 }
 
-template <class Scheme>
-void pack_grad_position(const PackPosition& p) {
-  for_each_at_position<Scheme>(
+template <class Scheme, int Points>
+void pack_grad_row(const PackRow& p) {
+  for_each_of_row<Scheme::outputs, Points, Scheme>(
       p, Scheme::grad_taps, Scheme::outputs, 0, p.tiles.out_height, p.tiles.out_width,
-      p.tiles.out_channels, [&](int64_t tile, int64_t c, FloatVector v) {
-        write_left(p.panels + c * p.stride + tile * kLeft, p.stride * kLeft, v);
+      p.tiles.out_channels, [&](int position, int64_t row, int64_t c, FloatVector v) {
+        write_left(p.panels + position * p.position_step + c * p.stride + row * kLeft,
+                   p.stride * kLeft, v);
       });
 }
 
@@ -422,8 +453,8 @@ inline constexpr WinogradKernels kernels_with_weight_grad = {
     transform_input<Scheme>,
     transform_weight<Scheme>,
     transform_output<Scheme>,
-    pack_input_position<Scheme>,
-    pack_grad_position<Scheme>,
+    pack_input_row<Scheme>,
+    pack_grad_row<Scheme, Scheme::points>,
     transform_sums<Scheme>,
 };
 
@@ -435,7 +466,7 @@ const WinogradKernels winograd_kernels[kWinogradSchemes] = {
      transform_input<StridedGrad>, transform_weight<StridedGrad>, transform_output<StridedGrad>,
      nullptr, nullptr, nullptr},
     {Direct::points, Direct::outputs, Direct::needed, true, nullptr, nullptr, nullptr,
-     pack_input_position<Direct>, pack_grad_position<Direct>, transform_sums<Direct>},
+     pack_input_row<Direct>, pack_grad_row<Direct, 1>, transform_sums<Direct>},
 };
 
 }  // namespace fused_bottleneck::cpu::FUSED_BOTTLENECK_ISA
