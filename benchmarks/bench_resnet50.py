@@ -41,6 +41,7 @@ LOSS_BOUNDS = {
 }
 TRAINED_IN = [str(dtype).removeprefix("torch.") for dtype in LOSS_BOUNDS]
 BASELINE = "reference contiguous"
+RESIDENT_STEPS = 4  # by then no step allocates more
 Step = Callable[[], Tensor]
 Variant = tuple[type[Bottleneck], str, Callable[[TrainingStep], Step]]
 
@@ -169,6 +170,20 @@ def prepare(
     return steps, left_out
 
 
+def _train(name: str, args: argparse.Namespace, batch: int) -> None:
+    _, step = make_step(name, args, batch)
+    for _ in range(RESIDENT_STEPS):
+        step()
+
+
+def resident_bytes(name: str, args: argparse.Namespace, batch: int) -> int | None:
+    """The most resident memory of a process that only trains that variant; None if that is not
+    where its tensors are, or in a quick run."""
+    if args.quick or args.device.type != "cpu":
+        return None
+    return memory.resident_bytes(_train, name, args, batch)
+
+
 def measure_batch(batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One record per variant."""
     gc.collect()
@@ -192,6 +207,7 @@ def measure_batch(batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
                 "saved_bytes": memory.saved_bytes(training.forward, own) if plain else None,
                 # A graph's memory is its own pool, which no step allocates any more.
                 "peak_bytes": memory.peak_bytes(step, args.device) if step is training else None,
+                "resident_bytes": resident_bytes(name, args, batch),
             }
         )
     rows += [{"variant": name, "batch": batch, "left_out": why} for name, why in left_out.items()]

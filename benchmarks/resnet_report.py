@@ -35,16 +35,19 @@ def text(run: Run) -> str:
                 f"{reference / record['median']:.2f}" if reference else "-",
                 mebibytes(record["saved_bytes"]),
                 mebibytes(record["peak_bytes"]),
+                mebibytes(record.get("resident_bytes")),
             ]
         )
     header = ["variant", "batch", "ms per step", "images/s", "over eager channels_last"]
-    header += ["kept for backward, MiB", "peak, MiB"]
+    header += ["kept for backward, MiB", "peak, MiB", "resident, MiB"]
     caption = (
         f"Training steps of {settings['network']}, {settings['dtype']}"
         f"{'' if settings['dtype'] == 'float32' else ' autocast'}, {settings['size']} pixels, SGD "
         f"with momentum, random images; {origin(run)}. Median (20 %-80 % quantiles) of "
         f"{settings['rounds']} samples, variants interleaved."
     )
+    if any(record.get("resident_bytes") for record in _timed(run)):
+        caption += " Resident: the most memory of a process that does nothing else, torch included."
     missing = [
         f"batch {record['batch']}: no {record['variant']}: {record['left_out']}"
         for record in run["records"]

@@ -108,13 +108,13 @@ class CpuStages(PassStages):
         if t.dtype == torch.float32:
             return t
         n, c, h, w = t.shape
-        flat = self._lend(4 * t.numel(), name).view(torch.float32)[: t.numel()]
+        flat = self._lend(4 * t.numel(), name)[: 4 * t.numel()].view(torch.float32)
         return flat.view(n, h, w, c).permute(0, 3, 1, 2).copy_(t)
 
     def _lend(self, size: int, name: str = "workspace") -> Tensor:
         """At least that many bytes, the same ones for each use of a name."""
         if name not in self._lent or self._lent[name].numel() < size:
-            self._lent[name] = self._lease.take_bytes(-(-size // 64) * 64)
+            self._lent[name] = self._lease.swap(self._lent.get(name), size)
         return self._lent[name]
 
     # Forward.

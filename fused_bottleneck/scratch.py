@@ -67,9 +67,11 @@ def pooled_bytes() -> int:
         return sum(buffer.numel() for buffer in _free)
 
 
-def _acquire(size: int) -> Tensor:
-    """The smallest free buffer of at least size bytes, or a new one."""
+def _acquire(size: int, largest: bool = False) -> Tensor:
+    """The smallest (or the largest) free buffer of at least size bytes, or a new one."""
     with _lock:
+        if largest and _free and _free[-1].numel() >= size:
+            return _free.pop()
         for i, buffer in enumerate(_free):  # in order of size
             if buffer.numel() >= size:
                 return _free.pop(i)
@@ -192,6 +194,18 @@ class Lease:
     ) -> None:
         _give_back(self._buffers)
         self._buffers = []
+
+    def swap(self, buffer: Tensor | None, size: int) -> Tensor:
+        """A uint8 tensor of at least that size, valid until exit, for another that is given back.
+
+        The largest there is: one that will do for whatever is to follow, instead of a row of ever
+        larger ones."""
+        if buffer is not None:
+            self._buffers = [kept for kept in self._buffers if kept is not buffer]
+            _give_back([buffer])
+        larger = _acquire(size, largest=True)
+        self._buffers.append(larger)
+        return larger
 
     def take_bytes(self, size: int) -> Tensor:
         """A uint8 ``[size]`` tensor with arbitrary content, valid until exit."""
