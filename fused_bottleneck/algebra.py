@@ -211,7 +211,7 @@ def folded_dweight(
         grad = torch.addr(s, sum_g, centre)
     else:
         grad = torch.addr(s, sum_g, mean_d, alpha=-1)
-        grad.sub_((dgamma * invstd)[:, None] * weight_cov)
+        grad.addcmul_((dgamma * invstd)[:, None], weight_cov, value=-1)
     return grad.mul_(scale[:, None])
 
 
@@ -243,7 +243,7 @@ def synchronised_dweight(
     k = invstd * shared_dgamma
     h = shared_sum_g + k * (weight @ deviation)
     grad = torch.addr(s, h, mean_d + deviation, alpha=-1)
-    grad.sub_(k[:, None] * weight_cov).mul_(scale[:, None])
+    grad.addcmul_(k[:, None], weight_cov, value=-1).mul_(scale[:, None])
     sum_dy = scale * (sum_g - h)
     return grad.addr_(sum_dy, centre), sum_dy
 

@@ -9,7 +9,6 @@ conv3[, downsample].
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from . import algebra, collectives, sync_tail, tail
@@ -66,12 +65,17 @@ def _tail_operand(stages: Stages, act: Activation, unit2: Unit, unit3: Unit) -> 
     return act._replace(centre=algebra.relu_of_shift(act.beta, act.mean))
 
 
-def _downsample_operand(stages: Stages, x: Tensor, unit: Unit) -> StridedInput:
-    """The centred input of the downsample. With fixed statistics no covariance is taken and the
-    centre is zero, so that a NaN in x stays where it is."""
+def _downsample_operand(
+    stages: Stages, x: Tensor, unit: Unit, count: int, group: str | None
+) -> StridedInput:
+    """The centred input of the downsample. Where no covariance is taken of its pixels the centre is
+    zero: with fixed statistics a NaN in x stays where it is."""
     stride = unit.geometry.stride
-    centre = stages.centre(strided(x, stride))
-    return StridedInput(x, stride, centre if unit.batch else torch.zeros_like(centre))
+    if tail.has_gram(unit.weight, unit.batch, count, group):
+        return StridedInput(x, stride, stages.centre(strided(x, stride)))
+    return StridedInput(
+        x, stride, x.new_zeros(x.shape[1], dtype=algebra.accumulation_dtype(x.dtype))
+    )
 
 
 def bottleneck_forward(
@@ -106,7 +110,7 @@ def bottleneck_forward(
         operands: list[Operand] = [_tail_operand(stages, act2, units[1], units[2])]
         residuals = []
         if len(units) > 3:
-            operands.append(_downsample_operand(stages, x, units[3]))
+            operands.append(_downsample_operand(stages, x, units[3], pixels(act2.y), group))
         else:
             residuals.append(x if shortcut is None else shortcut)
         tails = _tails_forward(stages, units[2:], operands, pixels(act2.y), group)

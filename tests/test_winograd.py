@@ -31,7 +31,7 @@ over_cases = pytest.mark.parametrize(("kind", "stride"), CASES)
 # Images [N, H, W], C and K: part of a tile, odd and even sizes, tails of tiles and channels.
 IMAGES = [
     *[(1, 1, 1), (3, 1, 1), (2, 1, 5), (1, 4, 1), (2, 2, 13), (1, 3, 2), (2, 7, 7), (1, 8, 6)],
-    *[(2, 14, 15), (1, 29, 28)],
+    *[(2, 14, 15), (1, 29, 28), (9, 7, 7), (3, 13, 11)],
 ]
 CHANNELS = [(16, 16), (32, 48), (80, 16), (16, 144), (144, 32)]
 SHAPES = [
