@@ -23,7 +23,7 @@ namespace {
 constexpr int64_t kSmallWeightBytes = 8 * 1024 * 1024;
 constexpr int64_t kFewTiles = 48;
 constexpr int64_t kManyTiles = 132;
-// Tiles whose products are summed in float32 before the sum goes on in double.
+// Tiles whose products are summed in float32 before the sum goes on (see has_few_blocks).
 constexpr int64_t kSummedTiles = 396;
 
 const WinogradKernels& winograd_kernels(WinogradScheme scheme) {
