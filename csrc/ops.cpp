@@ -135,13 +135,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
       "bool transposed) -> int");
 
   // out [N, H', W', K] = conv(x [N, H, W, C], weight [K, C, 3, 3] with any strides); transposed:
-  // the gradient of its input, from x [N, H', W', K] into out [N, H, W, C].
+  // the gradient of its input, from x [N, H', W', K] into out [N, H, W, C]. With mean and scale
+  // [C], here and in the gradient of the weight, x stands for relu((x - mean) * scale + beta).
   m.def(
       "winograd_conv_(Tensor x, Tensor weight, int stride, bool transposed, Tensor(a!) out, "
-      "Tensor(b!) workspace) -> ()");
+      "Tensor(b!) workspace, Tensor? mean=None, Tensor? scale=None, Tensor? beta=None) -> ()");
 
   // The weight's gradient as [K, 3, 3, C], from grad [N, H', W', K] and x [N, H, W, C].
-  m.def("winograd_weight_grad(Tensor grad, Tensor x, int stride, Tensor(a!) workspace) -> Tensor");
+  m.def(
+      "winograd_weight_grad(Tensor grad, Tensor x, int stride, Tensor(a!) workspace, "
+      "Tensor? mean=None, Tensor? scale=None, Tensor? beta=None) -> Tensor");
 
   // out[b] = x[b]^T, contiguous [B, R, C] to [B, C, R]: between contiguous and channels_last.
   m.def("transpose_(Tensor x, Tensor(a!) out) -> ()");

@@ -43,6 +43,7 @@ from .stages import (
 _passes = torch.ops.fused_bottleneck
 
 _LARGE_MATRIX = 2**16  # elements
+Prologue = tuple[Tensor | None, ...]  # none, or mean, scale and beta of a normalisation and ReLU
 
 
 def _is_product(weight: Tensor, geometry: Geometry) -> bool:
@@ -115,12 +116,12 @@ class CpuProductStages(CpuStages):
         self, source: Tensor | Activation, weight: Tensor, geometry: Geometry
     ) -> tuple[Tensor, Moments]:
         if _is_winograd(weight, geometry):
-            operand = self._operand(source)
-            height, width = geometry.output_size(operand.shape[2], operand.shape[3], (3, 3))
-            shape = (operand.shape[0], weight.shape[0], height, width)
+            x, prologue = self._on_load(source)
+            height, width = geometry.output_size(x.shape[2], x.shape[3], (3, 3))
+            shape = (x.shape[0], weight.shape[0], height, width)
             if uses_winograd(shape):
-                out = result_empty(shape, operand.dtype, True)
-                self._winograd(operand, weight, geometry.stride[0], False, out)
+                out = result_empty(shape, x.dtype, True)
+                self._winograd(x, prologue, weight, geometry.stride[0], False, out)
                 return out, self._moments(out)
         if not _is_product(weight, geometry):
             return super().conv_forward(source, weight, geometry)
@@ -131,14 +132,27 @@ class CpuProductStages(CpuStages):
         )
         return out, Moments(mean, m2 / pixels(out))
 
+    def _on_load(self, source: Tensor | Activation) -> tuple[Tensor, Prologue]:
+        """What Winograd's transforms read, and the normalisation that they apply to it."""
+        if isinstance(source, Tensor) or source.centre is not None:
+            return self._operand(source), ()
+        return source.y, (source.mean, source.scale, source.beta)
+
     def _winograd(
-        self, x: Tensor, weight: Tensor, stride: int, transposed: bool, out: Tensor
+        self,
+        x: Tensor,
+        prologue: Prologue,
+        weight: Tensor,
+        stride: int,
+        transposed: bool,
+        out: Tensor,
     ) -> None:
         """``out = conv(x, weight)``, or the gradient of its input from x."""
         n, channels, h, w = out.shape
         size = _passes.winograd_workspace(n, h, w, x.shape[1], channels, stride, transposed)
         workspace = self._lend(size)
-        _passes.winograd_conv_(_nhwc(x), weight, stride, transposed, _nhwc(out), workspace)
+        arguments = _nhwc(x), weight, stride, transposed, _nhwc(out), workspace
+        _passes.winograd_conv_(*arguments, *prologue)
 
     def _product_operands(
         self, source: Tensor | Activation, weight: Tensor, geometry: Geometry
@@ -269,7 +283,7 @@ class CpuProductStages(CpuStages):
     ) -> tuple[Tensor, GradSums]:
         if self._takes_winograd(grad, weight, geometry):
             g = self._scratch(act.y)
-            self._winograd(self._conv_grad(grad), weight, geometry.stride[0], True, g)
+            self._winograd(self._conv_grad(grad), (), weight, geometry.stride[0], True, g)
             return g, self._reduce(g, None, None, act, invstd, g)
         if not _is_product(weight, geometry) or geometry.stride != (1, 1):
             return super().conv_dgrad(grad, weight, geometry, act, invstd)
@@ -280,8 +294,10 @@ class CpuProductStages(CpuStages):
         self, grad: ConvGrad, source: Tensor | Activation, weight: Tensor, geometry: Geometry
     ) -> Tensor:
         if self._takes_winograd(grad, weight, geometry):
-            dy, operand = self._conv_grad(grad), self._operand(source)
-            return self._winograd_weight_grad(dy, operand, geometry.stride[0])
+            x, prologue = self._on_load(source)
+            return self._winograd_weight_grad(
+                self._conv_grad(grad), x, prologue, geometry.stride[0]
+            )
         if not _is_product(weight, geometry):
             return super().conv_wgrad(grad, source, weight, geometry)
         dy, operand = self._conv_grad(grad), self._seen(source, geometry)
@@ -293,11 +309,13 @@ class CpuProductStages(CpuStages):
         winograd = grad.k0 is not None and _is_winograd(weight, geometry)
         return winograd and uses_winograd(grad.y.shape)
 
-    def _winograd_weight_grad(self, dy: Tensor, x: Tensor, stride: int) -> Tensor:
+    def _winograd_weight_grad(
+        self, dy: Tensor, x: Tensor, prologue: Prologue, stride: int
+    ) -> Tensor:
         n, channels, h, w = dy.shape
         size = _passes.winograd_workspace(n, h, w, x.shape[1], channels, stride, False)
-        grad = _passes.winograd_weight_grad(_nhwc(dy), _nhwc(x), stride, self._lend(size))
-        return grad.permute(0, 3, 1, 2)
+        arguments = _nhwc(dy), _nhwc(x), stride, self._lend(size)
+        return _passes.winograd_weight_grad(*arguments, *prologue).permute(0, 3, 1, 2)
 
     def _conv_input_grad_into(
         self, conv: ConvTerm, identity: MaskedGrad | None, grad_x: Tensor

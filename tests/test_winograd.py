@@ -237,3 +237,44 @@ def test_overlap_is_an_error(kind: str, shift: int) -> None:
 def test_workspace_of_another_stride_is_an_error(stride: int) -> None:
     with pytest.raises(RuntimeError, match=r"winograd_workspace: .*stride to be 1 or 2, got \d"):
         ops.winograd_workspace(1, 3, 3, 16, 16, stride, False)
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["beta", "no beta"])
+@pytest.mark.parametrize("kind", ["conv", "weight_grad"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_prologue_is_the_activation_bit_for_bit(kind: str, stride: int, affine: bool) -> None:
+    """Also at the border: padding comes after it, whatever it makes of zero."""
+    args = arguments(kind, stride, (3, 7, 10, 48, 32))
+    channels = args["x"].shape[3]
+    generator = torch.Generator().manual_seed(1)
+    mean, scale, beta = (torch.randn(channels, generator=generator) for _ in range(3))
+    prologue = {"mean": mean, "scale": scale, "beta": beta if affine else None}
+    normalised = (args["x"] - mean) * scale + (beta if affine else 0)
+    result = call(kind, args | prologue)
+    expected = call(kind, args | {"x": normalised.relu()})
+    assert torch.equal(result, expected)
+
+
+def test_input_gradients_have_a_prologue_of_the_output_channels() -> None:
+    args = arguments("input_grad", 1, (1, 5, 6, 16, 32))
+    scaled = call("input_grad", args | {"mean": torch.zeros(32), "scale": torch.ones(32)})
+    assert torch.equal(scaled, call("input_grad", args | {"x": args["x"].relu()}))
+
+
+@pytest.mark.parametrize("kind", ["conv", "weight_grad"])
+@pytest.mark.parametrize(
+    ("prologue", "message"),
+    [
+        ({"mean": torch.zeros(16)}, "expected mean and scale together"),
+        ({"beta": torch.zeros(16)}, "beta with them only"),
+        ({"mean": torch.zeros(8), "scale": torch.zeros(16)}, r"expected mean to be .*\[16\]"),
+        (
+            {"mean": torch.zeros(16), "scale": torch.zeros(16).double()},
+            r"expected scale to be .*float64",
+        ),
+    ],
+)
+def test_wrong_prologue_is_an_error(kind: str, prologue: dict[str, Tensor], message: str) -> None:
+    args = arguments(kind, 1, (1, 5, 6, 16, 32))
+    with pytest.raises(RuntimeError, match=message):
+        operator(kind)(**args, **prologue)

@@ -68,8 +68,8 @@ struct Blocks {
   int64_t rows, threads, per_thread, block;
 };
 
-// Whether the sums of the blocks may stay float32: each has a chain of its own, and a few of them are
-// a chain as short.
+// Whether the sums of the blocks may stay float32: each has a chain of its own, and a few of them
+// are a chain as short.
 constexpr int64_t kFewBlocks = 4;
 inline bool has_few_blocks(const Blocks& blocks) { return blocks.per_thread <= kFewBlocks; }
 

@@ -21,7 +21,8 @@ namespace {
 constexpr int64_t kBlockBytes = 768 * 1024;
 constexpr int64_t kLeftBytes = 400 * 1024;
 // Rows that are summed in float32 before the sum goes on (see has_few_blocks); a block of them in a
-// product over pixels, whose wide operand is read once per cache line and may come from the L3 cache.
+// product over pixels, whose wide operand is read once per cache line and may come from the L3
+// cache.
 constexpr int64_t kMaxRows = 396;
 // A result larger than this goes past the caches: little of it would still be there at its use.
 constexpr int64_t kStreamBytes = 24 * 1024 * 1024;

@@ -72,8 +72,8 @@ struct Sums {
   }
 };
 
-// sums (+)= left^T right over `rows` rows from row `begin` of the panels on: float32 within the call,
-// or double (sums too).
+// sums (+)= left^T right over `rows` rows from row `begin` of the panels on: float32 within the
+// call, or double (sums too).
 struct Accumulate {
   int64_t begin, rows, left_channels, right_channels;
   const float* left;

@@ -255,8 +255,7 @@ FB_INLINE void accumulate_tile(const Accumulate& p, Sum* all_sums, int64_t l, in
                                Prefetcher& ahead) {
   constexpr int width = Vectors * kVector;
   constexpr int count = kTileLeft * width;
-  const float* left =
-      p.left + l / kLeft * kLeft * p.left_stride + l % kLeft + p.begin * kLeft;
+  const float* left = p.left + l / kLeft * kLeft * p.left_stride + l % kLeft + p.begin * kLeft;
   const float* right = p.right + c * p.right_stride + p.begin * width;
   Sum* sums = all_sums + l * p.right_channels + c * kTileLeft;
   for (int i = 0; i < count; i += 64 / static_cast<int>(sizeof(Sum)))
@@ -288,8 +287,7 @@ FB_INLINE void widen_left(const float* left, int64_t rows, double* wide) {
 template <int Vectors>
 FB_INLINE void accumulate_tile_in_double(const Accumulate& p, int64_t l, int64_t c) {
   constexpr int width = Vectors * kVector;
-  const float* left =
-      p.left + l / kLeft * kLeft * p.left_stride + l % kLeft + p.begin * kLeft;
+  const float* left = p.left + l / kLeft * kLeft * p.left_stride + l % kLeft + p.begin * kLeft;
   double wide[kChain * kTileLeft];
   DoubleVector tile[kTileLeft][2 * Vectors];
   for (int v = 0; v < Vectors; ++v) {

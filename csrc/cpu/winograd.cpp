@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <string>
+#include <vector>
 
 #include "../stable_utils.h"
 #include "blocking.h"
@@ -202,11 +203,11 @@ int64_t winograd_workspace(int64_t count, int64_t height, int64_t width, int64_t
                   "positive, got ",
                   count, ", ", height, ", ", width, ", ", depth, ", ", channels);
   const WinogradKernels& grad = winograd_kernels(grad_scheme(op, stride, count, height, width));
-  return std::max(Plan(kernels.points * kernels.points,
-                       tile_count(count, height, width, kernels.outputs), depth, channels)
-                      .bytes(),
-                  GradPlan(grad, tile_count(count, height, width, grad.outputs), channels, depth)
-                      .bytes());
+  return std::max(
+      Plan(kernels.points * kernels.points, tile_count(count, height, width, kernels.outputs),
+           depth, channels)
+          .bytes(),
+      GradPlan(grad, tile_count(count, height, width, grad.outputs), channels, depth).bytes());
 }
 
 // The weight [K, C, 3, 3] with any strides as U; transposed: as that of the gradient of the input,
@@ -231,8 +232,39 @@ void pack_weight(const WinogradKernels& kernels, const Tensor& weight, bool tran
   });
 }
 
+// The prologue from its arguments, all or none of which are vectors of x's channels; zeros stand in
+// for an absent beta.
+class GivenPrologue {
+ public:
+  GivenPrologue(const char* op, int64_t channels, const OptionalTensor& mean,
+                const OptionalTensor& scale, const OptionalTensor& beta)
+      : op_(op), channels_(channels) {
+    STD_TORCH_CHECK(
+        mean.has_value() == scale.has_value() && (mean.has_value() || !beta.has_value()), op,
+        ": expected mean and scale together, and beta with them only");
+    if (!mean.has_value()) return;
+    if (!beta.has_value()) zeros_.assign(channels, 0.0f);
+    value_ = {vector("mean", *mean), vector("scale", *scale),
+              beta.has_value() ? vector("beta", *beta) : zeros_.data()};
+  }
+
+  const Prologue& value() const { return value_; }
+
+ private:
+  const float* vector(const char* name, const Tensor& t) const {
+    check_tensor(op_, name, t, ScalarType::Float, {channels_});
+    return static_cast<const float*>(t.const_data_ptr());
+  }
+
+  const char* op_;
+  int64_t channels_;
+  std::vector<float> zeros_;
+  Prologue value_;
+};
+
 void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool transposed,
-                    const Tensor& out, const Tensor& lent) {
+                    const Tensor& out, const Tensor& lent, const OptionalTensor& mean,
+                    const OptionalTensor& scale, const OptionalTensor& beta) {
   constexpr const char* op = "winograd_conv_";
   const WinogradScheme scheme = scheme_of(op, stride, transposed);
   const WinogradKernels& kernels = winograd_kernels(scheme);
@@ -245,6 +277,7 @@ void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool 
                   op, ": expected weight to be float32 [", rows, ", ", columns,
                   ", 3, 3], on the CPU, got ", describe(weight));
   check_disjoint(op, "out", out, "x", x);
+  const GivenPrologue prologue(op, depth, mean, scale, beta);
   const Plan plan(kernels.points * kernels.points,
                   tile_count(to.count, to.height, to.width, kernels.outputs), depth, channels);
   Workspace workspace(op, lent, plan.bytes());
@@ -261,7 +294,8 @@ void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool 
     float* values = left + plan.positions * plan.panel;
     const TileRange range = tile_range(from, to, block, kernels.outputs);
     const int64_t padded = over ? block.rows + kRowMultiple : round_up(block.rows, kRowMultiple);
-    kernels.transform_input({range, padded, from.data, panel_rows, left, plan.panel});
+    kernels.transform_input(
+        {range, padded, from.data, prologue.value(), panel_rows, left, plan.panel});
     for (int position = 0; position < plan.positions; ++position) {
       const Rows rows(kernels, range, position);
       if (rows.count() == 0) continue;
@@ -278,13 +312,15 @@ void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool 
   });
 }
 
-Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
-                            const Tensor& lent) {
+Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride, const Tensor& lent,
+                            const OptionalTensor& mean, const OptionalTensor& scale,
+                            const OptionalTensor& beta) {
   constexpr const char* op = "winograd_weight_grad";
   const Images dy = images(op, "grad", grad), from = images(op, "x", x);
   const WinogradKernels& kernels =
       winograd_kernels(grad_scheme(op, stride, dy.count, dy.height, dy.width));
   check_sizes(op, "grad", from, dy, stride, grad);
+  const GivenPrologue prologue(op, from.channels, mean, scale, beta);
   const GradPlan plan(kernels, tile_count(dy.count, dy.height, dy.width, kernels.outputs),
                       dy.channels, from.channels);
   Workspace workspace(op, lent, plan.bytes());
@@ -305,9 +341,9 @@ Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
       if (column == 0) {
         if (row == 0 || !kernels.one_grad)
           kernels.pack_grad_row(
-              {range, dy.data, row, channels.begin, channels.end, left_rows, left, plan.left});
-        kernels.pack_input_row(
-            {range, from.data, row, 0, from.channels, right_rows, right, plan.right});
+              {range, dy.data, {}, row, channels.begin, channels.end, left_rows, left, plan.left});
+        kernels.pack_input_row({range, from.data, prologue.value(), row, 0, from.channels,
+                                right_rows, right, plan.right});
       }
       const Rows rows(kernels, range, position);
       products.accumulate({rows.begin,

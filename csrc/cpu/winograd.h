@@ -53,11 +53,20 @@ struct TileRange {
   int64_t first_of[kTileClasses];  // row of a class's first tile: right, whole, below, corner
 };
 
+// Per channel, for relu((x - mean) * scale + beta) instead of x, before the padding; null: x
+// itself.
+struct Prologue {
+  const float* mean = nullptr;
+  const float* scale = nullptr;
+  const float* beta = nullptr;
+};
+
 // V of a range of tiles as left panels, one array per position; rows up to `padded` are zero.
 struct TransformInput {
   TileRange tiles;
   int64_t padded;
   const float* x;
+  Prologue prologue;
   int64_t stride;  // of the panels, in rows
   float* panels;
   int64_t position_step;
@@ -80,10 +89,12 @@ struct TransformOutput {
   float* y;
 };
 
-// A row of positions of V as right panels, or of A dy as left panels, for channels [begin, end).
+// A row of positions of V as right panels, or of A dy (without prologue) as left panels, for
+// channels [begin, end).
 struct PackRow {
   TileRange tiles;
   const float* source;
+  Prologue prologue;
   int row;
   int64_t begin, end;
   int64_t stride;
@@ -103,7 +114,7 @@ struct TransformSums {
 struct WinogradKernels {
   int points, outputs;  // along one dimension
   Needed needed;
-  bool one_grad;        // A dy is the same at all positions: only the first is packed
+  bool one_grad;  // A dy is the same at all positions: only the first is packed
   // Of a convolution; null where the scheme is not for that.
   void (*transform_input)(const TransformInput&);
   void (*transform_weight)(const TransformWeight&, int64_t begin, int64_t end);

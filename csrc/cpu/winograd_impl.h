@@ -130,37 +130,57 @@ FB_INLINE void for_each_tile_run(const TileRange& p, const Body& body) {
 
 // --- input ---
 
+// The prologue of kVector channels from c on; the identity where there is none.
+template <bool Present>
+struct Normalise {
+  FB_INLINE Normalise(const Prologue& p, int64_t c) {
+    if constexpr (Present) {
+      mean = load(Float{}, p.mean + c);
+      scale = load(Float{}, p.scale + c);
+      beta = load(Float{}, p.beta + c);
+    }
+  }
+
+  FB_INLINE FloatVector operator()(FloatVector v) const {
+    if constexpr (Present) return relu((v - mean) * scale + beta);
+    return v;
+  }
+
+  FloatVector mean, scale, beta;
+};
+
 // A transformed column of a tile for kVector channels; pixels outside of the image are zero.
-template <class Scheme>
-FB_INLINE Line<Scheme::points> input_column(const TileRange& p, const float* image, int64_t top,
-                                            int64_t x) {
+template <class Scheme, class OnLoad>
+FB_INLINE Line<Scheme::points> input_column(const TileRange& p, const OnLoad& on_load,
+                                            const float* image, int64_t top, int64_t x) {
   Line<Scheme::inputs> d{};
   if (x >= 0 && x < p.in_width) {
 #pragma GCC unroll 5
     for (int i = 0; i < Scheme::inputs; ++i)
       if (top + i >= 0 && top + i < p.in_height)
-        d.at[i] = load(Float{}, image + ((top + i) * p.in_width + x) * p.in_channels);
+        d.at[i] = on_load(load(Float{}, image + ((top + i) * p.in_width + x) * p.in_channels));
   }
   return Scheme::input(d);
 }
 
 // The tiles of one row for kVector channels; a tile shares its first columns with the one before.
-template <class Scheme>
-FB_INLINE void transform_input_run(const TransformInput& p, const float* image, int64_t row,
-                                   int64_t column, int64_t tiles, float* out) {
+template <class Scheme, class OnLoad>
+FB_INLINE void transform_input_run(const TransformInput& p, const OnLoad& on_load,
+                                   const float* image, int64_t row, int64_t column, int64_t tiles,
+                                   float* out) {
   constexpr int inputs = Scheme::inputs, points = Scheme::points, step = Scheme::step;
   const int64_t top = row * step + Scheme::origin, panel = p.stride * kLeft;
   int64_t x = column * step + Scheme::origin;
   Line<points> columns[inputs];
 #pragma GCC unroll 5
   for (int j = 0; j < inputs - step; ++j)
-    columns[step + j] = input_column<Scheme>(p.tiles, image, top, x + j);
+    columns[step + j] = input_column<Scheme>(p.tiles, on_load, image, top, x + j);
   for (int64_t t = 0; t < tiles; ++t, out += kLeft, x += step) {
 #pragma GCC unroll 5
     for (int j = 0; j < inputs - step; ++j) columns[j] = columns[step + j];
 #pragma GCC unroll 5
     for (int j = inputs - step; j < inputs; ++j)
-      columns[j] = input_column<Scheme>(p.tiles, image, top, x + j);
+      columns[j] = input_column<Scheme>(p.tiles, on_load, image, top, x + j);
 #pragma GCC unroll 5
     for (int i = 0; i < points; ++i) {
       Line<inputs> line;
@@ -174,21 +194,32 @@ FB_INLINE void transform_input_run(const TransformInput& p, const float* image, 
   }
 }
 
-template <class Scheme>
-void transform_input(const TransformInput& p) {
+template <class Scheme, bool Normalised>
+FB_INLINE void transform_input_as(const TransformInput& p) {
   const TileRange& range = p.tiles;
   const int64_t channels = range.in_channels,
                 image_size = range.in_height * range.in_width * channels;
-  for (int64_t c = 0; c < channels; c += kVector)
+  for (int64_t c = 0; c < channels; c += kVector) {
+    const Normalise<Normalised> on_load(p.prologue, c);
     for_each_tile_run<Scheme>(
         range, [&](int64_t image, int64_t row, int64_t column, int64_t tiles, int64_t t) {
-          transform_input_run<Scheme>(p, p.x + image * image_size + c, row, column, tiles,
+          transform_input_run<Scheme>(p, on_load, p.x + image * image_size + c, row, column, tiles,
                                       p.panels + c * p.stride + t * kLeft);
         });
+  }
   for (int position = 0; position < Scheme::points * Scheme::points; ++position)
     for (int64_t c = 0; c < channels; c += kLeft)
       for (int64_t at = range.count * kLeft; at < p.padded * kLeft; ++at)
         p.panels[position * p.position_step + c * p.stride + at] = 0;
+}
+
+template <class Scheme>
+void transform_input(const TransformInput& p) {
+  if (p.prologue.mean != nullptr) {
+    transform_input_as<Scheme, true>(p);
+  } else {
+    transform_input_as<Scheme, false>(p);
+  }
 }
 
 // --- weight ---
@@ -314,11 +345,11 @@ struct Column {
   int count = 0;
 };
 
-// Columns first .. first + Count - 1 of images [height, width, channels], rows by `down` from `top`.
+// Columns first .. first + Count - 1 of images [height, width, channels], rows by `down` from
+// `top`.
 template <int Count>
 FB_INLINE void columns_of(const float* image, int64_t height, int64_t width, int64_t channels,
-                          const Taps& down, int64_t top, int64_t first,
-                          Column (&columns)[Count]) {
+                          const Taps& down, int64_t top, int64_t first, Column (&columns)[Count]) {
   for (int j = 0; j < Count; ++j) {
     columns[j].count = 0;
     for (int i = 0; i < 2; ++i) {
@@ -330,10 +361,11 @@ FB_INLINE void columns_of(const float* image, int64_t height, int64_t width, int
   }
 }
 
-FB_INLINE FloatVector column_sum(const Column& column, int64_t c) {
+template <class OnLoad>
+FB_INLINE FloatVector column_sum(const Column& column, const OnLoad& on_load, int64_t c) {
   FloatVector sum{};
   for (int i = 0; i < column.count; ++i)
-    sum = multiply_add(column.sign[i], load(Float{}, column.pixel[i] + c), sum);
+    sum = multiply_add(column.sign[i], on_load(load(Float{}, column.pixel[i] + c)), sum);
   return sum;
 }
 
@@ -345,7 +377,7 @@ FB_INLINE FloatVector position_of(const Line<Count>& line, const Taps& across) {
 
 // put(position of the row, row of the panels, channel after p.begin, vector) for every tile of
 // images [height, width, channels], whose first pixel is the tile's number * step + origin.
-template <int Count, int Points, class Scheme, class Put>
+template <int Count, int Points, class Scheme, bool Normalised, class Put>
 FB_INLINE void for_each_of_row(const PackRow& p, const Taps (&taps)[Scheme::points], int step,
                                int origin, int64_t height, int64_t width, int64_t channels,
                                const Put& put) {
@@ -356,9 +388,10 @@ FB_INLINE void for_each_of_row(const PackRow& p, const Taps (&taps)[Scheme::poin
           columns_of(p.source + image * height * width * channels, height, width, channels,
                      taps[p.row], step * row + origin, step * (column + t) + origin, columns);
           for (int64_t c = p.begin; c < p.end; c += kVector) {
+            const Normalise<Normalised> on_load(p.prologue, c);
             Line<Count> line;
 #pragma GCC unroll 5
-            for (int i = 0; i < Count; ++i) line.at[i] = column_sum(columns[i], c);
+            for (int i = 0; i < Count; ++i) line.at[i] = column_sum(columns[i], on_load, c);
 #pragma GCC unroll 5
             for (int j = 0; j < Points; ++j)
               put(j, first + t, c - p.begin, position_of(line, taps[j]));
@@ -367,10 +400,10 @@ FB_INLINE void for_each_of_row(const PackRow& p, const Taps (&taps)[Scheme::poin
       });
 }
 
-template <class Scheme>
-void pack_input_row(const PackRow& p) {
+template <class Scheme, bool Normalised>
+FB_INLINE void pack_input_row_as(const PackRow& p) {
   const int64_t in_wide = (p.end - p.begin) / kWide * kWide;
-  for_each_of_row<Scheme::inputs, Scheme::points, Scheme>(
+  for_each_of_row<Scheme::inputs, Scheme::points, Scheme, Normalised>(
       p, Scheme::input_taps, Scheme::step, Scheme::origin, p.tiles.in_height, p.tiles.in_width,
       p.tiles.in_channels, [&](int position, int64_t row, int64_t c, FloatVector v) {
         const int64_t width = c < in_wide ? kWide : kVector;
@@ -381,9 +414,18 @@ void pack_input_row(const PackRow& p) {
       });
 }
 
+template <class Scheme>
+void pack_input_row(const PackRow& p) {
+  if (p.prologue.mean != nullptr) {
+    pack_input_row_as<Scheme, true>(p);
+  } else {
+    pack_input_row_as<Scheme, false>(p);
+  }
+}
+
 template <class Scheme, int Points>
 void pack_grad_row(const PackRow& p) {
-  for_each_of_row<Scheme::outputs, Points, Scheme>(
+  for_each_of_row<Scheme::outputs, Points, Scheme, false>(
       p, Scheme::grad_taps, Scheme::outputs, 0, p.tiles.out_height, p.tiles.out_width,
       p.tiles.out_channels, [&](int position, int64_t row, int64_t c, FloatVector v) {
         write_left(p.panels + position * p.position_step + c * p.stride + row * kLeft,
