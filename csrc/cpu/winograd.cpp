@@ -22,6 +22,9 @@ namespace {
 // Tiles of a block: few keep the transformed tiles near the L2 cache; a transformed weight that
 // itself comes from memory is to be read for many. Measured: flat within 10 %.
 constexpr int64_t kSmallWeightBytes = 8 * 1024 * 1024;
+// Where a thread has all its tiles in one block, a slice of the weight's output channels is
+// transformed and multiplied at a time: it comes from the L3 cache then.
+constexpr int64_t kSliceFloats = 2 * 1024 * 1024;
 constexpr int64_t kFewTiles = 48;
 constexpr int64_t kManyTiles = 132;
 // Tiles whose products are summed in float32 before the sum goes on (see has_few_blocks).
@@ -117,10 +120,11 @@ struct Plan {
   Plan(int positions, int64_t tiles, int64_t depth, int64_t channels)
       : positions(positions),
         blocks(tiles, thread_count(), tile_limit(positions * depth * channels)),
-        weight(round_up(depth * channels, kAlignment)),
+        slice(blocks.per_thread == 1 ? slice_channels(positions * depth, channels) : channels),
+        weight(round_up(depth * slice, kAlignment)),
         rows(blocks.block + kRowMultiple),
         panel(round_up(depth * left_stride(rows), kAlignment)),
-        value(round_up(rows * channels, kAlignment)) {}
+        value(round_up(rows * slice, kAlignment)) {}
 
   int64_t thread_floats() const { return positions * (panel + value); }
   int64_t bytes() const {
@@ -133,8 +137,14 @@ struct Plan {
     return small ? kFewTiles : kManyTiles;
   }
 
+  static int64_t slice_channels(int64_t weight_of_channel, int64_t channels) {
+    const int64_t fitting = kSliceFloats / weight_of_channel / kPanelMultiple * kPanelMultiple;
+    return std::min(std::max(fitting, kPanelMultiple), channels);
+  }
+
   int positions;
   Blocks blocks;
+  int64_t slice;         // channels whose weight is transformed at a time
   int64_t weight;        // floats of one position
   int64_t rows;          // room for the last of a position's rows to begin anywhere
   int64_t panel, value;  // floats of one position
@@ -210,12 +220,14 @@ int64_t winograd_workspace(int64_t count, int64_t height, int64_t width, int64_t
       GradPlan(grad, tile_count(count, height, width, grad.outputs), channels, depth).bytes());
 }
 
-// The weight [K, C, 3, 3] with any strides as U; transposed: as that of the gradient of the input,
-// turned where the scheme does not turn it itself.
+// `out` output channels from `first` on of the weight [K, C, 3, 3] with any strides as U;
+// transposed: as that of the gradient of the input, turned where the scheme does not turn it
+// itself.
 void pack_weight(const WinogradKernels& kernels, const Tensor& weight, bool transposed, bool turned,
-                 float* panels, int64_t position_step) {
-  const int64_t out = weight.size(transposed ? 1 : 0), in = weight.size(transposed ? 0 : 1);
-  const auto* data = static_cast<const float*>(weight.const_data_ptr());
+                 int64_t first, int64_t out, float* panels, int64_t position_step) {
+  const int64_t in = weight.size(transposed ? 0 : 1);
+  const auto* data = static_cast<const float*>(weight.const_data_ptr()) +
+                     first * weight.stride(transposed ? 1 : 0);
   const int64_t row = weight.stride(2), column = weight.stride(3);
   const TransformWeight call{in,
                              out,
@@ -282,34 +294,38 @@ void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool 
                   tile_count(to.count, to.height, to.width, kernels.outputs), depth, channels);
   Workspace workspace(op, lent, plan.bytes());
   float* right = workspace.take<float>(plan.positions * plan.weight);
-  const bool turned = transposed && scheme == WinogradScheme::forward;
-  pack_weight(kernels, weight, transposed, turned, right, plan.weight);
   float* arrays = workspace.take<float>(plan.blocks.threads * plan.thread_floats());
   const int64_t panel_rows = left_stride(plan.rows);
+  const bool turned = transposed && scheme == WinogradScheme::forward;
   const bool over = overhangs(to.height, kernels) || overhangs(to.width, kernels);
   auto* y = static_cast<float*>(out.mutable_data_ptr());
   const ProductKernels& products = kernels_in_use();
-  parallel_blocks(plan.blocks, [&](const Block& block) {
-    float* left = arrays + block.worker * plan.thread_floats();
-    float* values = left + plan.positions * plan.panel;
-    const TileRange range = tile_range(from, to, block, kernels.outputs);
-    const int64_t padded = over ? block.rows + kRowMultiple : round_up(block.rows, kRowMultiple);
-    kernels.transform_input(
-        {range, padded, from.data, prologue.value(), panel_rows, left, plan.panel});
-    for (int position = 0; position < plan.positions; ++position) {
-      const Rows rows(kernels, range, position);
-      if (rows.count() == 0) continue;
-      products.multiply({round_up(rows.count(), kRowMultiple),
-                         depth,
-                         channels,
-                         left + position * plan.panel + rows.begin * kLeft,
-                         panel_rows,
-                         right + position * plan.weight,
-                         values + position * plan.value + rows.begin * channels,
-                         {}});
-    }
-    kernels.transform_output({range, values, plan.value, y});
-  });
+  for (int64_t first = 0; first < channels; first += plan.slice) {
+    const int64_t slice = std::min(plan.slice, channels - first);
+    pack_weight(kernels, weight, transposed, turned, first, slice, right, plan.weight);
+    parallel_blocks(plan.blocks, [&](const Block& block) {
+      float* left = arrays + block.worker * plan.thread_floats();
+      float* values = left + plan.positions * plan.panel;
+      const TileRange range = tile_range(from, to, block, kernels.outputs);
+      const int64_t padded = over ? block.rows + kRowMultiple : round_up(block.rows, kRowMultiple);
+      if (first == 0)
+        kernels.transform_input(
+            {range, padded, from.data, prologue.value(), panel_rows, left, plan.panel});
+      for (int position = 0; position < plan.positions; ++position) {
+        const Rows rows(kernels, range, position);
+        if (rows.count() == 0) continue;
+        products.multiply({round_up(rows.count(), kRowMultiple),
+                           depth,
+                           slice,
+                           left + position * plan.panel + rows.begin * kLeft,
+                           panel_rows,
+                           right + position * plan.weight,
+                           values + position * plan.value + rows.begin * slice,
+                           {}});
+      }
+      kernels.transform_output({range, values, plan.value, first, slice, y});
+    });
+  }
 }
 
 Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride, const Tensor& lent,

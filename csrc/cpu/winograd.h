@@ -81,11 +81,13 @@ struct TransformWeight {
   int64_t position_step;
 };
 
-// y of a range of tiles, from values [count, out_channels] per position.
+// Channels [begin, begin + channels) of y of a range of tiles, from values [count, channels] per
+// position.
 struct TransformOutput {
   TileRange tiles;
   const float* values;
   int64_t position_step;
+  int64_t begin, channels;
   float* y;
 };
 

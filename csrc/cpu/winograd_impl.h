@@ -323,14 +323,13 @@ template <class Scheme>
 void transform_output(const TransformOutput& p) {
   constexpr int outputs = Scheme::outputs;
   const int64_t height = p.tiles.out_height, width = p.tiles.out_width;
-  const int64_t channels = p.tiles.out_channels;
   for_each_tile_run<Scheme>(
       p.tiles, [&](int64_t image, int64_t row, int64_t column, int64_t tiles, int64_t first) {
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t x = outputs * (column + t), top = outputs * row;
-          float* y = p.y + ((image * height + top) * width + x) * channels;
-          for (int64_t c = 0; c < channels; c += kVector)
-            transform_output_tile<Scheme>(p, p.values + (first + t) * channels + c, y + c,
+          float* y = p.y + ((image * height + top) * width + x) * p.tiles.out_channels + p.begin;
+          for (int64_t c = 0; c < p.channels; c += kVector)
+            transform_output_tile<Scheme>(p, p.values + (first + t) * p.channels + c, y + c,
                                           width - x, height - top);
         }
       });
