@@ -1,7 +1,9 @@
 """What torchrun told this process, in its environment; without importing torch."""
 
 import os
+import sys
 import time
+from typing import NoReturn
 
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -39,3 +41,13 @@ def is_main() -> bool:
 def leave_last_word_to_main() -> None:
     """Wait, so that rank 0 can say why all stop: torchrun ends the others when the first fails."""
     time.sleep(10)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit; one of a group without Python's finalisation, which now and then aborts the process:
+    gloo's threads may still be giving tensors back (pytorch/pytorch#179291)."""
+    if launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -3,7 +3,6 @@
 The program is in the modules beside this one; options.py has its command line.
 """
 
-import sys
 from collections.abc import Sequence
 
 import launch
@@ -29,4 +28,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.leave(main())
