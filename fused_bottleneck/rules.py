@@ -52,18 +52,18 @@ def convolution_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def _has_instructions(dtype: torch.dtype) -> bool:
-    onednn = torch.ops.mkldnn
+    onednn, cpu = torch.ops.mkldnn, torch.cpu
     try:
         if dtype == torch.float16:
             return onednn._is_mkldnn_fp16_supported()
         if not onednn._is_mkldnn_bf16_supported():
             return False
-    except AttributeError:  # a torch without oneDNN
+        if platform.machine() not in ("x86_64", "AMD64"):
+            return True
+        # What oneDNN calls supported includes its emulation on AVX-512.
+        return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+    except AttributeError:  # a torch without oneDNN, or without these words for it
         return False
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return True
-    # What oneDNN calls supported includes its emulation on AVX-512.
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def unit_pays(kernel: Sequence[int], groups: int) -> bool:

@@ -55,6 +55,24 @@ def test_leased_buffers_are_distinct() -> None:
         assert taken[4].untyped_storage().data_ptr() not in pointers
 
 
+def test_swapped_buffer_is_free_again_and_the_new_one_is_not() -> None:
+    with scratch.Lease() as lease:
+        small = lease.swap(None, 2**20)
+        large = lease.swap(small, 2 * small.numel())
+        assert large.numel() >= 2 * small.numel()
+        assert scratch.pooled_bytes() == small.numel()
+        assert lease.take_bytes(2**20).data_ptr() == small.data_ptr()
+        assert scratch.pooled_bytes() == 0
+    assert scratch.pooled_bytes() == small.numel() + large.numel()
+
+
+def test_swap_takes_the_largest() -> None:
+    with scratch.Lease() as lease:
+        sizes = [lease.take_bytes(size).numel() for size in (2**21, 2**23, 2**22)]
+    with scratch.Lease() as lease:
+        assert lease.swap(None, 1).numel() == max(sizes)
+
+
 def test_buffers_come_back_after_an_error() -> None:
     def fail() -> None:
         with scratch.Lease() as lease:

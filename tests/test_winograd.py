@@ -11,13 +11,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative_error
+from helpers import channels_last, relative_error
 from op_helpers import assert_fence, fenced, unwritten
 from tolerances import EAGER_FACTOR, FLOORS, SAME_FORMULA
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fused_bottleneck import extension
+from fused_bottleneck.cpu_products import CpuProductStages
+from fused_bottleneck.operands import Activation, ConvGrad, Geometry
 
 pytestmark = pytest.mark.skipif(
     not extension.has_products(), reason=extension.reason() or "no products for this CPU"
@@ -278,3 +280,20 @@ def test_wrong_prologue_is_an_error(kind: str, prologue: dict[str, Tensor], mess
     args = arguments(kind, 1, (1, 5, 6, 16, 32))
     with pytest.raises(RuntimeError, match=message):
         operator(kind)(**args, **prologue)
+
+
+def test_activation_is_not_written_to_memory() -> None:
+    """Neither for a 3x3 convolution nor for the gradient of its weight."""
+    y, g, conv = (channels_last(torch.randn(2, channels, 16, 16)) for channels in (16, 32, 32))
+    weight, ones, zeros = torch.randn(32, 16, 3, 3), torch.ones(16), torch.zeros(16)
+    act = Activation(y, zeros, ones, zeros)
+    batch = [torch.zeros(32), torch.ones(32), torch.zeros(32), torch.zeros(32)]
+    geometry = Geometry((1, 1), (1, 1))
+    with CpuProductStages() as stages:
+        out, _ = stages.conv_forward(act, weight, geometry)
+        grad = stages.conv_wgrad(ConvGrad(g, conv, *batch), act, weight, geometry)
+        assert ("Activation", id(y)) not in stages._materialised
+    expected = F.conv2d(y.relu(), weight, padding=1)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    expected = conv2d_weight(y.relu(), weight.shape, g, padding=1)
+    torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-3)
