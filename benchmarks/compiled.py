@@ -115,14 +115,19 @@ def _units(shape: BlockShape, dtype: torch.dtype, fixed: bool, affine: torch.dty
     return [_unit(dtype, *size, fixed, affine) for size in sizes]
 
 
-def shipped(dtype: torch.dtype, architecture: int, batch: int = 256) -> list[Specialisation]:
-    """Everything that is compiled for ResNet-50's blocks and for standalone units, and on Hopper
-    for frozen blocks of the first three shapes (narrow, wide, strided): they have fewer operands.
+def shipped(
+    dtype: torch.dtype,
+    architecture: int,
+    shapes: Sequence[BlockShape] = RESNET50,
+    batch: int = 256,
+) -> list[Specialisation]:
+    """Everything that is compiled for blocks of these shapes and for standalone units, and on
+    Hopper for frozen blocks of the first three shapes: they have fewer operands.
     """
     calls = unit_calls(dtype, architecture)
-    cases = [(shape, False) for shape in RESNET50]
+    cases = [(shape, False) for shape in shapes]
     if architecture == 90:
-        cases += [(shape, True) for shape in RESNET50[:3]]
+        cases += [(shape, True) for shape in shapes[:3]]
     for shape, fixed in cases:
         forward, backward = step_calls(shape, batch, dtype, architecture, fixed)
         calls += forward + backward

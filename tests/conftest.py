@@ -9,6 +9,11 @@ from ranks import Pool
 from fused_bottleneck import cpu, extension, tail
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow tests first, so that no process is left with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def reproducible() -> Iterator[None]:
     """One seed, and one thread: for tensors this small a second costs more than it does, a hundred
