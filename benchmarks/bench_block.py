@@ -13,17 +13,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from benchmarks import options, records, tables
-from benchmarks.cases import norm_bounds
+from benchmarks.cases import Case, build_case, build_inputs, norm_bounds
 from benchmarks.checked import agreeing_cases
 from benchmarks.harness import measure, timer_for
 from benchmarks.options import DTYPES
 from benchmarks.peers import DEFAULT_PEERS, PEERS, build_peers
+from benchmarks.processes import Calls, Process, measure_processes
 from benchmarks.roofline import measure_peaks
-from benchmarks.shapes import NETWORKS, SHAPES
+from benchmarks.shapes import NETWORKS, SHAPES, BlockShape
 
 WARMUP_ROUNDS = 2
 
@@ -32,6 +34,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; every default is resolved, `--quick` only changes defaults."""
     parser = options.parser("bench_block", __doc__ or "")
     options.add_quick(parser, "two shapes, batch 2, 3 rounds, no peers")
+    options.add_processes(parser)
     options.add_shapes(parser)
     parser.add_argument(
         "--peers",
@@ -59,6 +62,41 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+Timings = dict[str, dict[str, float]]
+
+
+def in_one_process(
+    shape: BlockShape, cases: Mapping[str, Case], args: argparse.Namespace
+) -> tuple[Timings, Timings]:
+    """Times of forward and of a whole step, by variant."""
+
+    def timings(calls: dict[str, Callable[[], object]]) -> Timings:
+        measured = measure(calls, args.rounds, WARMUP_ROUNDS, timer_for(args.device))
+        return {name: dataclasses.asdict(timing) for name, timing in measured.items()}
+
+    forward = timings({name: case.forward for name, case in cases.items()})
+    return forward, timings({name: case.step for name, case in cases.items()})
+
+
+def in_processes(
+    shape: BlockShape, cases: Mapping[str, Case], args: argparse.Namespace
+) -> tuple[Timings, Timings]:
+    """The same, each variant in a process of its own; with page faults."""
+    with ExitStack() as stack:
+        processes = {
+            name: stack.enter_context(Process(build_calls, name, shape, args)) for name in cases
+        }
+        forward = measure_processes(processes, "forward", args.rounds, WARMUP_ROUNDS)
+        return forward, measure_processes(processes, "step", args.rounds, WARMUP_ROUNDS)
+
+
+def build_calls(name: str, shape: BlockShape, args: argparse.Namespace) -> Calls:
+    """What the process of a variant can run."""
+    inputs = build_inputs(shape, args.batch, DTYPES[args.dtype], args.device, bias=args.bias)
+    case = PEERS[name](inputs) if name in PEERS else build_case(inputs, name)
+    return {"forward": case.forward, "step": case.step}
+
+
 def measure_shape(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One record per variant of a shape, and one without times per peer that was left out."""
     shape = SHAPES[name]
@@ -69,17 +107,13 @@ def measure_shape(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     for name, reason in left_out.items():
         print(f"{shape.name}: {name} is left out: {reason}", file=sys.stderr)
     del expected
-    timer = timer_for(args.device)
-    forward = measure(
-        {k: case.forward for k, case in cases.items()}, args.rounds, WARMUP_ROUNDS, timer
-    )
-    step = measure({k: case.step for k, case in cases.items()}, args.rounds, WARMUP_ROUNDS, timer)
+    forward, step = (in_processes if args.processes else in_one_process)(shape, cases, args)
     rows: list[dict[str, Any]] = [
         {
             "shape": shape.name,
             "variant": name,
-            "forward": dataclasses.asdict(forward[name]),
-            "step": dataclasses.asdict(step[name]),
+            "forward": forward[name],
+            "step": step[name],
             "saved_bytes": case.saved_bytes(),
             "peak_bytes": case.peak_bytes(),
         }
@@ -94,7 +128,12 @@ def measure_shape(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 def run(args: argparse.Namespace) -> records.Run:
     """Measure the peaks, then every shape of `args`; raises Refused where variants disagree."""
     peaks = measure_peaks(args.device, DTYPES[args.dtype], args.batch, args.rounds)
-    settings = {"batch": args.batch, "bias": args.bias, "rounds": args.rounds}
+    settings = {
+        "batch": args.batch,
+        "bias": args.bias,
+        "rounds": args.rounds,
+        "processes": args.processes,
+    }
     extra = {"peaks": dataclasses.asdict(peaks)}
     return options.collect("block", args, args.shapes, measure_shape, settings, **extra)
 

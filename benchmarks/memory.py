@@ -1,13 +1,8 @@
-"""Memory of a training step: what forward keeps for backward, the peak on a GPU, and that of a
-process."""
+"""Memory of a training step: what forward keeps for backward, and the peak on a GPU."""
 
 from __future__ import annotations
 
-import multiprocessing
-import re
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -44,21 +39,3 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int | None:
     step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def resident_bytes(work: Callable[..., object], *arguments: object) -> int:
-    """Most resident memory, Python and torch included, of a fresh process that calls the work.
-
-    Linux only; work and arguments must be what pickle can take.
-    """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_resident_bytes, work, arguments).result()
-
-
-def _resident_bytes(work: Callable[..., object], arguments: tuple[object, ...]) -> int:
-    work(*arguments)
-    # Not getrusage's, which remembers what the parent had when it forked.
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024

@@ -59,6 +59,16 @@ def add_quick(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--quick", action="store_true", help=f"{what}, nothing written")
 
 
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """`--processes`: whether each variant has a process of its own."""
+    parser.add_argument(
+        "--processes",
+        action=argparse.BooleanOptionalAction,
+        help="each variant in a process of its own, as its user has it, which take turns (default: "
+        "on a CPU, without --quick)",
+    )
+
+
 def add_shapes(parser: argparse.ArgumentParser) -> None:
     """`--network`, `--shapes` and `--bias`: which blocks are measured."""
     parser.add_argument(
@@ -93,6 +103,8 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace, **usual: 
     for name, (full, quick) in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, quick if args.quick else full)
+    if getattr(args, "processes", False) is None:
+        args.processes = args.device.type == "cpu" and not args.quick
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: this torch finds no CUDA device")
     if args.threads is not None:

@@ -40,7 +40,13 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         **{name: _version(name) for name in ("triton", "jax", "timm")},
         "python": platform.python_version(),
+        "preloaded": _preloaded(),
     }
+
+
+def _preloaded() -> list[str]:
+    """The libraries that were loaded before all others, as an allocator is."""
+    return [Path(name).name for name in os.environ.get("LD_PRELOAD", "").split(":") if name]
 
 
 def _version(package: str) -> str | None:

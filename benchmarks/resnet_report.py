@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.records import Run
-from benchmarks.tables import markdown, mebibytes, milliseconds, origin, without_empty_columns
+from benchmarks.tables import (
+    interleaving,
+    markdown,
+    mebibytes,
+    milliseconds,
+    origin,
+    without_empty_columns,
+)
 
 COLOURS = {"reference": "#9aa5b1", "compile": "#d97706", "fused": "#2563eb"}
 
@@ -44,10 +51,10 @@ def text(run: Run) -> str:
         f"Training steps of {settings['network']}, {settings['dtype']}"
         f"{'' if settings['dtype'] == 'float32' else ' autocast'}, {settings['size']} pixels, SGD "
         f"with momentum, random images; {origin(run)}. Median (20 %-80 % quantiles) of "
-        f"{settings['rounds']} samples, variants interleaved."
+        f"{settings['rounds']} samples, {interleaving(run)}."
     )
     if any(record.get("resident_bytes") for record in _timed(run)):
-        caption += " Resident: the most memory of a process that does nothing else, torch included."
+        caption += " Resident: the most memory of that process, torch included."
     missing = [
         f"batch {record['batch']}: no {record['variant']}: {record['left_out']}"
         for record in run["records"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.figures import (
@@ -47,7 +47,14 @@ def origin(run: Run) -> str:
         where = f"{place(run)}, driver {env['driver']}"
         versions = f"torch {env['torch']}, CUDA {env['cuda']}, Triton {env['triton']}"
     revision = f"revision {env['git_sha'][:10]}{' with local changes' if env['dirty'] else ''}"
-    return f"{where}, {versions}, {env['date']}, {revision}"
+    preloaded = "".join(f", {name} preloaded" for name in env.get("preloaded", []))
+    return f"{where}, {versions}{preloaded}, {env['date']}, {revision}"
+
+
+def interleaving(run: Run) -> str:
+    """How the variants of a run took turns."""
+    own = run["settings"].get("processes")
+    return "variants interleaved" + (", each in a process of its own" if own else "")
 
 
 def milliseconds(timing: dict[str, float]) -> str:
@@ -65,7 +72,7 @@ def caption(run: Run) -> str:
     return (
         f"{settings['dtype']}, batch {settings['batch']}, convolutions "
         f"{'with' if settings['bias'] else 'without'} a bias; {origin(run)}. Milliseconds: "
-        f"median (20 %-80 % quantiles) of {settings['rounds']} rounds, variants interleaved. "
+        f"median (20 %-80 % quantiles) of {settings['rounds']} rounds, {interleaving(run)}. "
         "Speed-up: reference over fused, in the named layout; over a peer: the peer's time over "
         "that of fused channels_last. Floor: the ten fused stages, each at the measured rate of a "
         f"copy ({rate(peaks['copy_bandwidth'], 'B/s')}) or of the fastest product "
@@ -107,7 +114,8 @@ def left_out(run: Run) -> str:
 
 
 def memory_table(run: Run) -> str:
-    """Mebibytes that one forward in channels_last keeps for backward, and the peak of a step."""
+    """In channels_last: mebibytes that one forward keeps for backward, the peak of a step, and its
+    page faults."""
     records = by_shape_and_variant(run)
     names = [name for name in variants(run) if not name.endswith(" contiguous")]
     rows = []
@@ -115,10 +123,17 @@ def memory_table(run: Run) -> str:
         found = [records.get((shape, name), {}) for name in names]
         row = [shape, *(mebibytes(record.get("saved_bytes")) for record in found)]
         row.append(f"{memory_ratio(records, shape, 'channels_last'):.2f}")
-        rows.append(row + [mebibytes(record.get("peak_bytes")) for record in found])
+        row += [mebibytes(record.get("peak_bytes")) for record in found]
+        rows.append(row + [_page_faults(record) for record in found])
     header = ["block", *(f"{name}, MiB" for name in names), "fused / reference"]
     header += [f"{name}, peak MiB" for name in names]
+    header += [f"{name}, page faults of a step" for name in names]
     return markdown(*without_empty_columns(header, rows))
+
+
+def _page_faults(record: Mapping[str, Any]) -> str:
+    count = record.get("step", {}).get("page_faults")
+    return "-" if count is None else f"{count:,.0f}"
 
 
 def without_empty_columns(
@@ -135,20 +150,24 @@ def mebibytes(count: int | None) -> str:
 
 
 def figures_table(run: Run) -> str:
-    """The figures to reach, each met or missed; one sentence where none is set for this run."""
+    """The figures to reach, now and in the end, each met or missed; one sentence where none is set
+    for this run."""
     rows = [
         [
             figure.description,
             f"{figure.value:.2f}",
-            f"{'at most' if figure.at_most else 'at least'} {figure.bound:.2f}",
-            "met" if figure.met else "missed",
+            *(
+                f"{'at most' if figure.at_most else 'at least'} {bound:.2f}: "
+                f"{'met' if met else 'missed'}"
+                for bound, met in zip(figure.bounds, figure.met, strict=True)
+            ),
         ]
         for figure in figures(run)
     ]
     if not rows:
         settings = ", ".join(f"{key} {value}" for key, value in TARGET_SETTINGS.items())
         return f"No figures are set for this run, only for {settings}."
-    return markdown(["figure", "measured", "to reach", ""], rows)
+    return markdown(["figure", "measured", "to reach", "in the end"], rows)
 
 
 def traffic_table(batch: int = 256, itemsize: int = 2) -> str:
@@ -169,7 +188,7 @@ def text(run: Run) -> str:
     for title, table in (
         ("Training step", time_table(run, "step")),
         ("Forward", time_table(run, "forward")),
-        ("Kept for backward", memory_table(run)),
+        ("Memory", memory_table(run)),
         ("Figures to reach", figures_table(run)),
         ("Left out", left_out(run)),
     ):

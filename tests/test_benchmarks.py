@@ -353,10 +353,17 @@ def fixed_run(**settings: object) -> Run:
 def test_figures_met_and_missed() -> None:
     rows = {figure.description: (figure.value, figure.met) for figure in figures(fixed_run())}
     assert rows == {
-        "256-64@56, speed-up contiguous": (2.0, True),
-        "256-64@56, speed-up channels_last": (1.25, False),
-        "256-64@56, kept for backward": (0.4, True),
+        "256-64@56, speed-up contiguous": (2.0, (True, False)),
+        "256-64@56, speed-up channels_last": (1.25, (False, False)),
+        "256-64@56, kept for backward": (0.4, (True, True)),
     }
+    keeping = fixed_run()
+    keeping["environment"]["preloaded"] = ["libtcmalloc_minimal.so.4"]
+    assert [(f.value, f.met) for f in figures(keeping)] == [
+        (1.25, (True, True)),
+        (0.4, (True, True)),
+    ]
+    assert "libtcmalloc_minimal.so.4 preloaded" in tables.caption(keeping)
     assert figures(fixed_run(batch=2)) == []
     assert "float32" in tables.figures_table(fixed_run(batch=2))
 
@@ -383,7 +390,7 @@ def test_report_fills_the_regions_and_notices_changes(
     step = ["200.0(180.0-220.0)", "150.0(135.0-165.0)", "100.0(90.0-110.0)", "120.0(108.0-132.0)"]
     assert f"|256-64@56|{'|'.join(step)}|2.00|1.25|{floor:.0f}%|" in rows
     assert "|256-64@56|10.0|4.0|0.40|" in rows
-    assert "|256-64@56,speed-upchannels_last|1.25|atleast1.50|missed|" in rows
+    assert "|256-64@56,speed-upchannels_last|1.25|atleast1.50:missed|atleast2.20:missed|" in rows
     assert (results / "block.png").read_bytes().startswith(b"\x89PNG")
     assert report.main(["--check", *folder], [readme]) == 0
 
