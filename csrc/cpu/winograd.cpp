@@ -117,10 +117,11 @@ struct Rows {
 
 // How one call is cut up, and the memory that it takes.
 struct Plan {
-  Plan(int positions, int64_t tiles, int64_t depth, int64_t channels)
-      : positions(positions),
-        blocks(tiles, thread_count(), tile_limit(positions * depth * channels)),
-        slice(blocks.per_thread == 1 ? slice_channels(positions * depth, channels) : channels),
+  Plan(const WinogradKernels& kernels, int64_t tiles, int64_t depth, int64_t channels)
+      : positions(kernels.points * kernels.points),
+        weights(kernels.weights * kernels.weights),
+        blocks(tiles, thread_count(), tile_limit(weights * depth * channels)),
+        slice(blocks.per_thread == 1 ? slice_channels(weights * depth, channels) : channels),
         weight(round_up(depth * slice, kAlignment)),
         rows(blocks.block + kRowMultiple),
         panel(round_up(depth * left_stride(rows), kAlignment)),
@@ -128,7 +129,7 @@ struct Plan {
 
   int64_t thread_floats() const { return positions * (panel + value); }
   int64_t bytes() const {
-    const int64_t floats = positions * weight + blocks.threads * thread_floats();
+    const int64_t floats = weights * weight + blocks.threads * thread_floats();
     return floats * static_cast<int64_t>(sizeof(float)) + kAlignment;
   }
 
@@ -138,14 +139,14 @@ struct Plan {
   }
 
   static int64_t slice_channels(int64_t weight_of_channel, int64_t channels) {
-    const int64_t fitting = kSliceFloats / weight_of_channel / kPanelMultiple * kPanelMultiple;
-    return std::min(std::max(fitting, kPanelMultiple), channels);
+    const int64_t slices = (weight_of_channel * channels + kSliceFloats - 1) / kSliceFloats;
+    return std::min(round_up((channels + slices - 1) / slices, kPanelMultiple), channels);
   }
 
-  int positions;
+  int positions, weights;
   Blocks blocks;
   int64_t slice;         // channels whose weight is transformed at a time
-  int64_t weight;        // floats of one position
+  int64_t weight;        // floats of one
   int64_t rows;          // room for the last of a position's rows to begin anywhere
   int64_t panel, value;  // floats of one position
 };
@@ -154,9 +155,10 @@ struct Plan {
 struct GradPlan {
   GradPlan(const WinogradKernels& kernels, int64_t tiles, int64_t left, int64_t right)
       : positions(kernels.points * kernels.points),
+        weights(kernels.weights * kernels.weights),
         left_panels(kernels.one_grad ? 1 : kernels.points),
         right_panels(kernels.points),
-        split(Split::of(positions * left * right)),
+        split(Split::of(weights * left * right)),
         blocks(tiles, split.row_parts, kSummedTiles),
         left(round_up(left * left_stride(blocks.block), kAlignment)),
         right(round_up(right * right_stride(blocks.block), kAlignment)),
@@ -167,15 +169,15 @@ struct GradPlan {
   int64_t workers() const { return blocks.threads * split.channel_parts; }
   int64_t bytes() const {
     return workers() * thread_floats() * static_cast<int64_t>(sizeof(float)) +
-           blocks.threads * positions * sums *
+           blocks.threads * weights * sums *
                static_cast<int64_t>(float_sums ? sizeof(float) : sizeof(double)) +
            kAlignment;
   }
 
-  int positions, left_panels, right_panels;  // panels: of a row of positions
+  int positions, weights, left_panels, right_panels;  // panels: of a row of positions
   Split split;
   Blocks blocks;
-  int64_t left, right, sums;  // floats of a block's panels, numbers of one position
+  int64_t left, right, sums;  // floats of a block's panels, numbers of one weight
   bool float_sums;
 };
 
@@ -214,9 +216,7 @@ int64_t winograd_workspace(int64_t count, int64_t height, int64_t width, int64_t
                   count, ", ", height, ", ", width, ", ", depth, ", ", channels);
   const WinogradKernels& grad = winograd_kernels(grad_scheme(op, stride, count, height, width));
   return std::max(
-      Plan(kernels.points * kernels.points, tile_count(count, height, width, kernels.outputs),
-           depth, channels)
-          .bytes(),
+      Plan(kernels, tile_count(count, height, width, kernels.outputs), depth, channels).bytes(),
       GradPlan(grad, tile_count(count, height, width, grad.outputs), channels, depth).bytes());
 }
 
@@ -224,7 +224,7 @@ int64_t winograd_workspace(int64_t count, int64_t height, int64_t width, int64_t
 // transposed: as that of the gradient of the input, turned where the scheme does not turn it
 // itself.
 void pack_weight(const WinogradKernels& kernels, const Tensor& weight, bool transposed, bool turned,
-                 int64_t first, int64_t out, float* panels, int64_t position_step) {
+                 int64_t first, int64_t out, float* panels, int64_t weight_step) {
   const int64_t in = weight.size(transposed ? 0 : 1);
   const auto* data = static_cast<const float*>(weight.const_data_ptr()) +
                      first * weight.stride(transposed ? 1 : 0);
@@ -237,7 +237,7 @@ void pack_weight(const WinogradKernels& kernels, const Tensor& weight, bool tran
                              turned ? -row : row,
                              turned ? -column : column,
                              panels,
-                             position_step};
+                             weight_step};
   const int64_t count = (out + kPanelMultiple - 1) / kPanelMultiple;
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     kernels.transform_weight(call, begin * kPanelMultiple, std::min(end * kPanelMultiple, out));
@@ -290,10 +290,10 @@ void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool 
                   ", 3, 3], on the CPU, got ", describe(weight));
   check_disjoint(op, "out", out, "x", x);
   const GivenPrologue prologue(op, depth, mean, scale, beta);
-  const Plan plan(kernels.points * kernels.points,
-                  tile_count(to.count, to.height, to.width, kernels.outputs), depth, channels);
+  const Plan plan(kernels, tile_count(to.count, to.height, to.width, kernels.outputs), depth,
+                  channels);
   Workspace workspace(op, lent, plan.bytes());
-  float* right = workspace.take<float>(plan.positions * plan.weight);
+  float* right = workspace.take<float>(plan.weights * plan.weight);
   float* arrays = workspace.take<float>(plan.blocks.threads * plan.thread_floats());
   const int64_t panel_rows = left_stride(plan.rows);
   const bool turned = transposed && scheme == WinogradScheme::forward;
@@ -319,7 +319,7 @@ void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool 
                            slice,
                            left + position * plan.panel + rows.begin * kLeft,
                            panel_rows,
-                           right + position * plan.weight,
+                           right + kernels.weight_of(position) * plan.weight,
                            values + position * plan.value + rows.begin * slice,
                            {}});
       }
@@ -341,7 +341,7 @@ Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
                       dy.channels, from.channels);
   Workspace workspace(op, lent, plan.bytes());
   float* arrays = workspace.take<float>(plan.workers() * plan.thread_floats());
-  const int64_t part_step = plan.positions * plan.sums;
+  const int64_t part_step = plan.weights * plan.sums;
   const Sums sums = workspace.take_sums(plan.blocks.threads * part_step, plan.float_sums);
   const int64_t left_rows = left_stride(plan.blocks.block);
   const int64_t right_rows = right_stride(plan.blocks.block);
@@ -372,8 +372,8 @@ Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
                            right_rows,
                            false,
                            false,
-                           block.first,
-                           to + position * plan.sums,
+                           block.first && kernels.is_first_of_weight(position),
+                           to + kernels.weight_of(position) * plan.sums,
                            {}});
     }
   });

@@ -17,7 +17,9 @@
 //   direct        3       3          1        3     stride 2, for the gradient of the weight of
 //                                                   images that larger tiles overhang
 //
-// In two dimensions all counts are squared: 16 products for 36, 25 for 36, and 9 for 9.
+// In two dimensions all counts are squared: 16 products for 36, 25 for 36, and 9 for 9. The odd
+// inputs of both strided schemes have two positions with the same U, which is kept once: 4 weights
+// for 5 positions, along one dimension.
 //
 // Where the last tile of a line overhangs the image, some positions lead to outputs outside of it
 // only, and have no product for that tile: at 7x7 225 for 16 * 16.
@@ -72,13 +74,13 @@ struct TransformInput {
   int64_t position_step;
 };
 
-// U as right panels, one array per position.
+// U as right panels, one array per weight (see weight_of).
 struct TransformWeight {
   int64_t depth, channels;
   const float* weight;
   int64_t channel_stride, depth_stride, row_stride, column_stride;
   float* panels;
-  int64_t position_step;
+  int64_t weight_step;
 };
 
 // Channels [begin, begin + channels) of y of a range of tiles, from values [count, channels] per
@@ -104,17 +106,17 @@ struct PackRow {
   int64_t position_step;
 };
 
-// The weight's gradient [left, 3, 3, right] from sums per position (as of Accumulate) of `parts`
+// The weight's gradient [left, 3, 3, right] from sums per weight (as of Accumulate) of `parts`
 // threads, for left channels [begin, end), multiples of kLeft.
 struct TransformSums {
   int64_t begin, end, right_channels;
   Sums sums;
-  int64_t position_step, parts, part_step;
+  int64_t weight_step, parts, part_step;
   float* weight;
 };
 
 struct WinogradKernels {
-  int points, outputs;  // along one dimension
+  int points, outputs, weights;  // along one dimension
   Needed needed;
   bool one_grad;  // A dy is the same at all positions: only the first is packed
   // Of a convolution; null where the scheme is not for that.
@@ -125,6 +127,16 @@ struct WinogradKernels {
   void (*pack_input_row)(const PackRow&);
   void (*pack_grad_row)(const PackRow&);
   void (*transform_sums)(const TransformSums&);
+
+  // Along one dimension the last positions have the last weight.
+  int weight_of(int position) const {
+    const int row = position / points, column = position % points, last = weights - 1;
+    return weights * (row < last ? row : last) + (column < last ? column : last);
+  }
+  // Whether no position before it has its weight.
+  bool is_first_of_weight(int position) const {
+    return position / points < weights && position % points < weights;
+  }
 };
 
 // Indexed by WinogradScheme.

@@ -22,7 +22,7 @@ struct Taps {
 
 // F(2, 3). Input pixel 0 is output pixel 0 less the padding.
 struct Forward {
-  static constexpr int inputs = 4, points = 4, outputs = 2, step = 2, origin = -1;
+  static constexpr int inputs = 4, points = 4, outputs = 2, weights = 4, step = 2, origin = -1;
   static constexpr Needed needed = {{0, 0b0111, 0b1111}};
 
   static FB_INLINE Line<4> input(const Line<4>& d) {
@@ -49,14 +49,14 @@ struct Forward {
 
 // Stride 2: two taps over the even inputs, F(2, 2), and one tap over the odd ones.
 struct Strided {
-  static constexpr int inputs = 5, points = 5, outputs = 2, step = 4, origin = -1;
+  static constexpr int inputs = 5, points = 5, outputs = 2, weights = 4, step = 4, origin = -1;
   static constexpr Needed needed = {{0, 0b01011, 0b11111}};
 
   static FB_INLINE Line<5> input(const Line<5>& d) {
     return {{d.at[0] - d.at[2], d.at[2], d.at[4] - d.at[2], d.at[1], d.at[3]}};
   }
-  static FB_INLINE Line<5> weight(const Line<3>& g) {
-    return {{g.at[0], g.at[0] + g.at[2], g.at[2], g.at[1], g.at[1]}};
+  static FB_INLINE Line<4> weight(const Line<3>& g) {
+    return {{g.at[0], g.at[0] + g.at[2], g.at[2], g.at[1]}};
   }
   static FB_INLINE Line<2> output(const Line<5>& m) {
     return {{m.at[0] + m.at[1] + m.at[3], m.at[1] + m.at[2] + m.at[4]}};
@@ -67,22 +67,22 @@ struct Strided {
   static constexpr Taps grad_taps[5] = {
       {{0, 0}, {1, 0}}, {{0, 1}, {1, 1}}, {{1, 1}, {1, 0}}, {{0, 0}, {1, 0}}, {{1, 1}, {1, 0}}};
   template <class Vector>
-  static FB_INLINE Line<3, Vector> weight_grad(const Line<5, Vector>& u) {
-    return {{u.at[0] + u.at[1], u.at[3] + u.at[4], u.at[1] + u.at[2]}};
+  static FB_INLINE Line<3, Vector> weight_grad(const Line<4, Vector>& u) {
+    return {{u.at[0] + u.at[1], u.at[3], u.at[1] + u.at[2]}};
   }
 };
 
 // The gradient of its input: four pixels from three gradients y. Pixels 0 and 2 have one tap, 1 and
 // 3 two of the turned weight.
 struct StridedGrad {
-  static constexpr int inputs = 3, points = 5, outputs = 4, step = 2, origin = 0;
+  static constexpr int inputs = 3, points = 5, outputs = 4, weights = 4, step = 2, origin = 0;
   static constexpr Needed needed = {{0, 0b01000, 0b01011, 0b11011, 0b11111}};
 
   static FB_INLINE Line<5> input(const Line<3>& y) {
     return {{y.at[0] - y.at[1], y.at[1], y.at[2] - y.at[1], y.at[0], y.at[1]}};
   }
-  static FB_INLINE Line<5> weight(const Line<3>& g) {
-    return {{g.at[2], g.at[0] + g.at[2], g.at[0], g.at[1], g.at[1]}};
+  static FB_INLINE Line<4> weight(const Line<3>& g) {
+    return {{g.at[2], g.at[0] + g.at[2], g.at[0], g.at[1]}};
   }
   static FB_INLINE Line<4> output(const Line<5>& m) {
     return {{m.at[3], m.at[0] + m.at[1], m.at[4], m.at[1] + m.at[2]}};
@@ -91,7 +91,7 @@ struct StridedGrad {
 
 // Stride 2, a tile to an output pixel, for the gradient of the weight only.
 struct Direct {
-  static constexpr int inputs = 3, points = 3, outputs = 1, step = 2, origin = -1;
+  static constexpr int inputs = 3, points = 3, outputs = 1, weights = 3, step = 2, origin = -1;
   static constexpr Needed needed = {{0, 0b111}};
 
   static constexpr Taps input_taps[3] = {{{0, 0}, {1, 0}}, {{1, 1}, {1, 0}}, {{2, 2}, {1, 0}}};
@@ -261,14 +261,15 @@ FB_INLINE void gather_weight(const TransformWeight& p, const float* weight,
 template <class Scheme>
 FB_INLINE void transform_weight_vector(const TransformWeight& p, const float (*taps)[kVector],
                                        float* out) {
-  constexpr int points = Scheme::points;
+  constexpr int weights = Scheme::weights;
   const auto g = [&](int i, int j) { return load(Float{}, taps[3 * i + j]); };
-  Line<points> columns[3];
+  Line<weights> columns[3];
   for (int j = 0; j < 3; ++j) columns[j] = Scheme::weight({{g(0, j), g(1, j), g(2, j)}});
-  for (int i = 0; i < points; ++i) {
-    const Line<points> u = Scheme::weight({{columns[0].at[i], columns[1].at[i], columns[2].at[i]}});
-    for (int j = 0; j < points; ++j)
-      store(Float{}, out + (points * i + j) * p.position_step, u.at[j]);
+  for (int i = 0; i < weights; ++i) {
+    const Line<weights> u =
+        Scheme::weight({{columns[0].at[i], columns[1].at[i], columns[2].at[i]}});
+    for (int j = 0; j < weights; ++j)
+      store(Float{}, out + (weights * i + j) * p.weight_step, u.at[j]);
   }
 }
 
@@ -435,14 +436,14 @@ void pack_grad_row(const PackRow& p) {
 // Gt u G of one vector of sums.
 template <class Scheme, class Vector, class Sum>
 FB_INLINE void transform_sums_vector(const TransformSums& p, const Sum* sums, float* weight) {
-  constexpr int points = Scheme::points;
-  Line<3, Vector> columns[points];
+  constexpr int weights = Scheme::weights;
+  Line<3, Vector> columns[weights];
 #pragma GCC unroll 5
-  for (int j = 0; j < points; ++j) {
-    Line<points, Vector> u;
+  for (int j = 0; j < weights; ++j) {
+    Line<weights, Vector> u;
 #pragma GCC unroll 5
-    for (int i = 0; i < points; ++i) {
-      const Sum* at = sums + (points * i + j) * p.position_step;
+    for (int i = 0; i < weights; ++i) {
+      const Sum* at = sums + (weights * i + j) * p.weight_step;
       u.at[i] = read<Vector>(at);
       for (int64_t part = 1; part < p.parts; ++part)
         u.at[i] += read<Vector>(at + part * p.part_step);
@@ -452,9 +453,9 @@ FB_INLINE void transform_sums_vector(const TransformSums& p, const Sum* sums, fl
   using Rounded = Value<float, sizeof(Vector) / sizeof(Sum)>;
 #pragma GCC unroll 3
   for (int i = 0; i < 3; ++i) {
-    Line<points, Vector> u;
+    Line<weights, Vector> u;
 #pragma GCC unroll 5
-    for (int j = 0; j < points; ++j) u.at[j] = columns[j].at[i];
+    for (int j = 0; j < weights; ++j) u.at[j] = columns[j].at[i];
     const Line<3, Vector> g = Scheme::weight_grad(u);
 #pragma GCC unroll 3
     for (int j = 0; j < 3; ++j)
@@ -489,6 +490,7 @@ template <class Scheme>
 inline constexpr WinogradKernels kernels_with_weight_grad = {
     Scheme::points,
     Scheme::outputs,
+    Scheme::weights,
     Scheme::needed,
     false,
     transform_input<Scheme>,
@@ -503,11 +505,11 @@ inline constexpr WinogradKernels kernels_with_weight_grad = {
 const WinogradKernels winograd_kernels[kWinogradSchemes] = {
     kernels_with_weight_grad<Forward>,
     kernels_with_weight_grad<Strided>,
-    {StridedGrad::points, StridedGrad::outputs, StridedGrad::needed, false,
+    {StridedGrad::points, StridedGrad::outputs, StridedGrad::weights, StridedGrad::needed, false,
      transform_input<StridedGrad>, transform_weight<StridedGrad>, transform_output<StridedGrad>,
      nullptr, nullptr, nullptr},
-    {Direct::points, Direct::outputs, Direct::needed, true, nullptr, nullptr, nullptr,
-     pack_input_row<Direct>, pack_grad_row<Direct, 1>, transform_sums<Direct>},
+    {Direct::points, Direct::outputs, Direct::weights, Direct::needed, true, nullptr, nullptr,
+     nullptr, pack_input_row<Direct>, pack_grad_row<Direct, 1>, transform_sums<Direct>},
 };
 
 }  // namespace fused_bottleneck::cpu::FUSED_BOTTLENECK_ISA
