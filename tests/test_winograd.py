@@ -285,15 +285,17 @@ def test_wrong_prologue_is_an_error(kind: str, prologue: dict[str, Tensor], mess
 def test_activation_is_not_written_to_memory() -> None:
     """Neither for a 3x3 convolution nor for the gradient of its weight."""
     y, g, conv = (channels_last(torch.randn(2, channels, 16, 16)) for channels in (16, 32, 32))
-    weight, ones, zeros = torch.randn(32, 16, 3, 3), torch.ones(16), torch.zeros(16)
-    act = Activation(y, zeros, ones, zeros)
+    weight = torch.randn(32, 16, 3, 3)
+    act = Activation(y, *torch.randn(3, 16))
     batch = [torch.zeros(32), torch.ones(32), torch.zeros(32), torch.zeros(32)]
     geometry = Geometry((1, 1), (1, 1))
     with CpuProductStages() as stages:
         out, _ = stages.conv_forward(act, weight, geometry)
         grad = stages.conv_wgrad(ConvGrad(g, conv, *batch), act, weight, geometry)
         assert ("Activation", id(y)) not in stages._materialised
-    expected = F.conv2d(y.relu(), weight, padding=1)
+    mean, scale, beta = (t.view(-1, 1, 1) for t in act[1:4])
+    source = ((y - mean) * scale + beta).relu()
+    expected = F.conv2d(source, weight, padding=1)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-    expected = conv2d_weight(y.relu(), weight.shape, g, padding=1)
+    expected = conv2d_weight(source, weight.shape, g, padding=1)
     torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-3)
