@@ -143,6 +143,9 @@ FB_INLINE void transpose_8x8(const float* from, int64_t from_step, float* to, in
   }
 }
 
+constexpr int64_t kLineFloats = 16;
+static_assert(kChannelMultiple % kLineFloats == 0);
+
 // One panel of a weight, from its first channel on.
 FB_INLINE void pack_panel(const PackWeight& p, const float* source, int64_t width, float* panel) {
   if (p.channel_stride == 1) {
@@ -150,10 +153,12 @@ FB_INLINE void pack_panel(const PackWeight& p, const float* source, int64_t widt
       for (int64_t i = 0; i < width; i += kVector)
         store(Float{}, panel + k * width + i, load(Float{}, source + k * p.depth_stride + i));
   } else if (p.depth_stride == 1) {
-    for (int64_t k = 0; k < p.depth; k += 8)
+    // A cache line of every channel at a time: rows that are a power of two apart share a cache set.
+    for (int64_t line = 0; line < p.depth; line += kLineFloats)
       for (int64_t i = 0; i < width; i += 8)
-        transpose_8x8(source + i * p.channel_stride + k, p.channel_stride, panel + k * width + i,
-                      width);
+        for (int64_t k = line; k < line + kLineFloats; k += 8)
+          transpose_8x8(source + i * p.channel_stride + k, p.channel_stride, panel + k * width + i,
+                        width);
   } else {
     for (int64_t k = 0; k < p.depth; ++k)
       for (int64_t i = 0; i < width; ++i)
