@@ -153,7 +153,7 @@ FB_INLINE void pack_panel(const PackWeight& p, const float* source, int64_t widt
       for (int64_t i = 0; i < width; i += kVector)
         store(Float{}, panel + k * width + i, load(Float{}, source + k * p.depth_stride + i));
   } else if (p.depth_stride == 1) {
-    // A cache line of every channel at a time: rows that are a power of two apart share a cache set.
+    // A cache line of every channel at a time: rows a power of two apart share a cache set.
     for (int64_t line = 0; line < p.depth; line += kLineFloats)
       for (int64_t i = 0; i < width; i += 8)
         for (int64_t k = line; k < line + kLineFloats; k += 8)
