@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.figures import by_shape_and_variant, peer_speedup, peers, shape_names, speedup
-from benchmarks.records import Run, place
+from benchmarks.records import Run, place, preloaded
 
 SPEED_COLOURS = {"channels_last": "#2563eb", "contiguous": "#93b4f5"}
 PEER_COLOURS = ("#d97706", "#b45309", "#059669", "#7c3aed")
@@ -24,7 +24,7 @@ Series = dict[str, tuple[list[float], str]]
 
 def title(run: Run, *parts: str) -> str:
     """What every picture says on top."""
-    return ", ".join([*parts, run["settings"]["dtype"], place(run)])
+    return ", ".join([*parts, run["settings"]["dtype"], place(run), *preloaded(run)])
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -67,6 +67,11 @@ def place(run: Run) -> str:
     return environment["cpu" if run["settings"]["device"] == "cpu" else "device"]
 
 
+def preloaded(run: Run) -> list[str]:
+    """What was loaded before all other libraries, in words."""
+    return [f"{name} preloaded" for name in run["environment"].get("preloaded", [])]
+
+
 def _git(*arguments: str) -> str:
     return _output(["git", *arguments])
 
@@ -102,7 +107,8 @@ def read(path: Path) -> Run:
 
 def read_all(directory: Path = RESULTS) -> dict[str, Run]:
     """Every run in `directory`, by file name without its suffix, in alphabetical order."""
-    return {path.stem: read(path) for path in sorted(directory.glob("*.json"))}
+    paths = sorted(directory.glob("*.json"), key=lambda path: path.stem)
+    return {path.stem: read(path) for path in paths}
 
 
 def rows(runs: Iterable[Run]) -> list[dict[str, Any]]:

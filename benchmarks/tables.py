@@ -18,7 +18,7 @@ from benchmarks.figures import (
     speedup,
     variants,
 )
-from benchmarks.records import Run, place
+from benchmarks.records import Run, place, preloaded
 from benchmarks.shapes import RESNET50
 from benchmarks.traffic import eager_bytes, fused_bytes, inductor_bytes
 
@@ -47,8 +47,7 @@ def origin(run: Run) -> str:
         where = f"{place(run)}, driver {env['driver']}"
         versions = f"torch {env['torch']}, CUDA {env['cuda']}, Triton {env['triton']}"
     revision = f"revision {env['git_sha'][:10]}{' with local changes' if env['dirty'] else ''}"
-    preloaded = "".join(f", {name} preloaded" for name in env.get("preloaded", []))
-    return f"{where}, {versions}{preloaded}, {env['date']}, {revision}"
+    return ", ".join([where, versions, *preloaded(run), env["date"], revision])
 
 
 def interleaving(run: Run) -> str:
