@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -65,9 +65,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 Timings = dict[str, dict[str, float]]
 
 
-def in_one_process(
-    shape: BlockShape, cases: Mapping[str, Case], args: argparse.Namespace
-) -> tuple[Timings, Timings]:
+def in_one_process(cases: Mapping[str, Case], args: argparse.Namespace) -> tuple[Timings, Timings]:
     """Times of forward and of a whole step, by variant."""
 
     def timings(calls: dict[str, Callable[[], object]]) -> Timings:
@@ -79,12 +77,12 @@ def in_one_process(
 
 
 def in_processes(
-    shape: BlockShape, cases: Mapping[str, Case], args: argparse.Namespace
+    names: Iterable[str], shape: BlockShape, args: argparse.Namespace
 ) -> tuple[Timings, Timings]:
     """The same, each variant in a process of its own; with page faults."""
     with ExitStack() as stack:
         processes = {
-            name: stack.enter_context(Process(build_calls, name, shape, args)) for name in cases
+            name: stack.enter_context(Process(build_calls, name, shape, args)) for name in names
         }
         forward = measure_processes(processes, "forward", args.rounds, WARMUP_ROUNDS)
         return forward, measure_processes(processes, "step", args.rounds, WARMUP_ROUNDS)
@@ -107,7 +105,10 @@ def measure_shape(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     for name, reason in left_out.items():
         print(f"{shape.name}: {name} is left out: {reason}", file=sys.stderr)
     del expected
-    forward, step = (in_processes if args.processes else in_one_process)(shape, cases, args)
+    if args.processes:
+        forward, step = in_processes(cases, shape, args)
+    else:
+        forward, step = in_one_process(cases, args)
     rows: list[dict[str, Any]] = [
         {
             "shape": shape.name,

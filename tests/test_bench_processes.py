@@ -51,7 +51,7 @@ def test_each_variant_runs_in_its_process_alone(tmp_path: Path) -> None:
     with Process(waits, 0.05, log) as slow, Process(waits, 0.01, log) as quick:
         found = measure_processes({"slow": slow, "quick": quick}, "wait", 3, 1)
     assert found["quick"]["median"] >= 0.01
-    assert found["slow"]["median"] >= 0.05 > found["quick"]["q20"]
+    assert found["slow"]["median"] >= 0.05
     assert found["slow"]["rounds"] == 3
     lines = [line.split() for line in log.read_text().splitlines()]
     # Twice in a row at each turn, of which there are a warm-up and three.
@@ -69,7 +69,7 @@ def test_memory_is_that_of_the_process() -> None:
         peaks = [process.resident_bytes() for process in (large, small)]
     # Huge pages, where the system gives them unasked, are 512 of them.
     assert found["large"]["page_faults"] >= 0.9 * PAGES / 512
-    assert found["small"]["page_faults"] < 0.1 * PAGES / 512
+    assert found["small"]["page_faults"] < found["large"]["page_faults"] / 2
     assert peaks[0] - peaks[1] >= 0.95 * PAGES * PAGE
     assert peaks[1] < 2**30
 

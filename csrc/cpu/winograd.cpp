@@ -146,7 +146,7 @@ struct Plan {
   int positions, weights;
   Blocks blocks;
   int64_t slice;         // channels whose weight is transformed at a time
-  int64_t weight;        // floats of one
+  int64_t weight;        // floats of one of the weights, for a slice
   int64_t rows;          // room for the last of a position's rows to begin anywhere
   int64_t panel, value;  // floats of one position
 };
