@@ -30,17 +30,26 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
   // out = value + (mask bit ? grad_out : 0).
   m.def("masked_add_(Tensor value, Tensor grad_out, Tensor mask, Tensor(a!) out) -> ()");
 
-  // v = grad + addend + shift; if relu, v = live((y - mean) * scale + beta) ? v : 0;
-  // g = v rounded; the column sums of g and of g * (y - mean) * invstd.
+  // v = live((y - mean) * scale + beta) ? grad + addend + shift : 0; g = v rounded; the column sums
+  // of g and of g * (y - mean) * invstd.
   m.def(
       "bn_backward_reduce_(Tensor grad, Tensor? addend, Tensor? shift, Tensor y, Tensor mean, "
-      "Tensor invstd, Tensor? scale, Tensor? beta, bool relu, Tensor(a!) g) -> "
+      "Tensor invstd, Tensor scale, Tensor? beta, Tensor(a!) g) -> "
       "(Tensor sum_g, Tensor sum_g_xhat)");
 
   // out = scale * (g - k0 - (y - mean) * k1), or scale * g without k0 and k1 (y is not read).
   m.def(
       "bn_backward_(Tensor g, Tensor y, Tensor mean, Tensor scale, Tensor? k0, Tensor? k1, "
       "Tensor(a!) out) -> ()");
+
+  // These two with g = mask bit ? grad_out : 0, which is not stored. CPU only: the gram way, which
+  // others take, has no use for them.
+  m.def(
+      "masked_bn_backward_reduce(Tensor grad_out, Tensor mask, Tensor y, Tensor mean, "
+      "Tensor invstd) -> (Tensor sum_g, Tensor sum_g_xhat)");
+  m.def(
+      "masked_bn_backward_(Tensor grad_out, Tensor mask, Tensor y, Tensor mean, Tensor scale, "
+      "Tensor k0, Tensor k1, Tensor(a!) out) -> ()");
 
   // --- The algebra between the stages (algebra.py), one call per junction. A parameter (gamma,
   // beta, bias) has any floating dtype; absent ones count as 1, 0, 0. Results are in the
@@ -108,7 +117,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
       "product_masked_add_(Tensor a, Tensor weight, Tensor grad_out, Tensor mask, Tensor(a!) out, "
       "Tensor(b!) workspace) -> ()");
 
-  // bn_backward_reduce_ of grad = a weight, with relu.
+  // bn_backward_reduce_ of grad = a weight.
   m.def(
       "product_bn_backward_reduce_(Tensor a, Tensor weight, Tensor? addend, Tensor? shift, "
       "Tensor y, Tensor mean, Tensor invstd, Tensor scale, Tensor? beta, Tensor(a!) g, "

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from . import extension
-from .operands import POINTWISE, Activation, Geometry, MaskedGrad, matrix, pixels
-from .pass_stages import PassStages, input_grad, pointwise
+from .operands import POINTWISE, Activation, Geometry, MaskedGrad, Normalised, matrix, pixels
+from .pass_stages import PassStages, TailSource, input_grad, pointwise
 from .scratch import Lease, result_empty
-from .stages import ConvTerm, FoldedTerm, InputTerm, conv2d, conv2d_backward
+from .stages import ConvTerm, FoldedTerm, InputTerm, conv2d, conv2d_backward, output_dtype
 
 _passes = torch.ops.fused_bottleneck
 
@@ -128,23 +128,25 @@ class CpuStages(PassStages):
             out[i:j] = conv2d(operand[i:j], weight, geometry)
         return out
 
-    def _tail_shape(self, source: FoldedTerm | Tensor) -> tuple[int, ...]:
+    def _tail_shape(self, source: TailSource) -> tuple[int, ...]:
         if isinstance(source, Tensor):
             return tuple(source.shape)
+        if isinstance(source, Normalised):
+            return tuple(source.y.shape)
         n, _, h, w = self._operand(source.operand).shape
         return n, source.folded.weight.shape[0], h, w
 
     def tail_forward(
-        self, terms: Sequence[FoldedTerm], residuals: Sequence[Tensor], channels_last: bool
+        self,
+        terms: Sequence[FoldedTerm],
+        residuals: Sequence[Tensor | Normalised],
+        channels_last: bool,
     ) -> tuple[Tensor, Tensor]:
-        sources: list[FoldedTerm | Tensor] = list(terms)
-        sources += [self.channels_last(residual) for residual in residuals]
-        first, second = sources
+        first, second = self._tail_sources(terms, residuals)
         shape = self._tail_shape(first)
-        dtype = (first if isinstance(first, Tensor) else first.folded.weight).dtype
         n, channels, h, w = shape
-        out = result_empty(shape, dtype, channels_last)
-        shift = self._tail_shift(terms, out)
+        out = result_empty(shape, output_dtype(terms, residuals), channels_last)
+        shift = self._tail_shift(first, second, out)
         mask = torch.empty(n * h * w, -(-channels // 8), dtype=torch.uint8)
         chunks = list(self._chunks(out, sum(term.folded.weight.numel() for term in terms)))
         buffer = out if channels_last else self._scratch(out[: chunks[0][1]])
@@ -163,7 +165,7 @@ class CpuStages(PassStages):
 
     def _tail_images(
         self,
-        first: FoldedTerm | Tensor,
+        first: TailSource,
         second: FoldedTerm | Tensor,
         shift: Tensor,
         i: int,
@@ -172,10 +174,11 @@ class CpuStages(PassStages):
         mask: Tensor,
     ) -> None:
         """``out = relu(first + second + shift)`` and its mask, of images i to j."""
-        value, residual = self._value_chunk(first, i, j), self._value_chunk(second, i, j)
-        _passes.residual_relu_(
-            matrix(value), None, None, shift, matrix(residual), matrix(out), mask
-        )
+        if isinstance(first, Normalised):
+            value: Tensor | Normalised = first._replace(y=first.y[i:j])
+        else:
+            value = self._value_chunk(first, i, j)
+        self._residual_relu(value, self._value_chunk(second, i, j), shift, out, mask)
 
     # Backward.
 

@@ -28,7 +28,7 @@ from .operands import (
     pixels,
     strided,
 )
-from .pass_stages import operand_key
+from .pass_stages import TailSource, operand_key
 from .rules import needs_double, uses_winograd
 from .scratch import result_empty
 from .stages import (
@@ -201,7 +201,7 @@ class CpuProductStages(CpuStages):
 
     def _tail_images(
         self,
-        first: FoldedTerm | Tensor,
+        first: TailSource,
         second: FoldedTerm | Tensor,
         shift: Tensor,
         i: int,
@@ -209,7 +209,7 @@ class CpuProductStages(CpuStages):
         out: Tensor,
         mask: Tensor,
     ) -> None:
-        if isinstance(first, Tensor) or not products_fit(*first.folded.weight.shape):
+        if not isinstance(first, FoldedTerm) or not products_fit(*first.folded.weight.shape):
             return super()._tail_images(first, second, shift, i, j, out, mask)
         terms: list[Tensor | None] = []
         operands = []

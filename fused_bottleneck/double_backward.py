@@ -45,8 +45,10 @@ def _normalise(
     return value.to(y.dtype)
 
 
-def _fixed_of_folded(weight: Tensor, state: TailState) -> UnitState:
-    """The fixed statistics of a folded unit: the mean is ``weight centre - offset``."""
+def _statistics(weight: Tensor, state: TailState) -> UnitState:
+    """The statistics of a tail unit: the mean is ``weight centre - offset``."""
+    if state.centre is None:
+        return UnitState(-state.offset, state.invstd)
     matrix = weight.detach().flatten(1).to(state.centre.dtype)
     return UnitState(matrix @ state.centre - state.offset, state.invstd)
 
@@ -123,9 +125,9 @@ def bottleneck_grads(
     states = unpack_states(weights, plan.batch[2:], pixels(y2), iter(rest[4:]), None)
     a1 = torch.relu(_apply(source, units[0], plan, 0, UnitState(*rest[0:2])))
     a2 = torch.relu(_apply(a1, units[1], plan, 1, UnitState(*rest[2:4])))
-    z = _apply(a2, units[2], plan, 2, _fixed_of_folded(units[2].weight, states[0]))
+    z = _apply(a2, units[2], plan, 2, _statistics(units[2].weight, states[0]))
     if len(units) > 3:
-        z = z + _apply(source, units[3], plan, 3, _fixed_of_folded(units[3].weight, states[1]))
+        z = z + _apply(source, units[3], plan, 3, _statistics(units[3].weight, states[1]))
     if identity:
         z = z + source
     inputs = [source, *(t for unit in units for t in unit)]

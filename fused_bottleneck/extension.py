@@ -166,6 +166,8 @@ _FAKES: dict[str, Callable[..., object]] = {
     "transpose_": _fake_nothing,
     "bn_backward_reduce_": _fake_two_vectors,
     "bn_backward_": _fake_nothing,
+    "masked_bn_backward_reduce": _fake_two_vectors,
+    "masked_bn_backward_": _fake_nothing,
     "product_": _fake_nothing,
     "product_add_": _fake_nothing,
     "product_moments_": _fake_product_vectors,

@@ -50,30 +50,31 @@ class Activation(NamedTuple):
     centre: Tensor | None = None
 
 
+class Normalised(NamedTuple):
+    """``(y - mean) * scale + beta``: a normalised convolution output before any ReLU.
+
+    beta None counts as zero.
+    """
+
+    y: Tensor
+    mean: Tensor
+    scale: Tensor
+    beta: Tensor | None
+
+
 class StridedInput(NamedTuple):
-    """``x[:, :, ::stride] - centre``: the input as a strided 1x1 convolution sees it."""
+    """``x[:, :, ::stride] - centre``: the input as a strided 1x1 convolution sees it.
+
+    centre None counts as zero.
+    """
 
     x: Tensor
     stride: Pair
-    centre: Tensor
+    centre: Tensor | None = None
 
     def view(self) -> Tensor:
         """The strided view of x, not centred."""
         return strided(self.x, self.stride)
-
-
-class ConvGrad(NamedTuple):
-    """``scale * (g - k0 - (y - mean) * k1)``: the gradient of a convolution's output y.
-
-    g is the gradient of the normalised value; k0, k1 None where statistics are fixed.
-    """
-
-    g: Tensor
-    y: Tensor
-    mean: Tensor
-    scale: Tensor
-    k0: Tensor | None
-    k1: Tensor | None
 
 
 class MaskedGrad(NamedTuple):
@@ -84,6 +85,21 @@ class MaskedGrad(NamedTuple):
 
     grad_out: Tensor
     mask: Tensor
+
+
+class ConvGrad(NamedTuple):
+    """``scale * (g - k0 - (y - mean) * k1)``: the gradient of a convolution's output y.
+
+    g is the gradient of the normalised value; k0, k1 None where statistics are fixed. Where g is a
+    ``MaskedGrad``, y was computed for this gradient, which may take its memory.
+    """
+
+    g: Tensor | MaskedGrad
+    y: Tensor
+    mean: Tensor
+    scale: Tensor
+    k0: Tensor | None
+    k1: Tensor | None
 
 
 def strided(x: Tensor, stride: Pair) -> Tensor:

@@ -229,7 +229,7 @@ def _fake_unit_state(x: Tensor, unit: Unit, group: str | None) -> list[Tensor]:
 def _fake_tail_state(x: Tensor, unit: Unit, pixels: int, group: str | None) -> list[Tensor]:
     width, channels = unit.weight.shape[:2]
     weight_cov = x.new_empty((width, channels), dtype=accumulation_dtype(x.dtype))
-    state = [*_fake_vectors(x, channels, width, width, channels), weight_cov]
+    state = [*_fake_vectors(x, width, width, channels, channels), weight_cov]
     state += _fake_vectors(x, channels, 1)
     return state[: state_length(unit.weight, unit.batch, pixels, group)]
 

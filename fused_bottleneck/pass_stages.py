@@ -18,6 +18,7 @@ from .operands import (
     ConvGrad,
     Geometry,
     MaskedGrad,
+    Normalised,
     StridedInput,
     matrix,
     pixels,
@@ -36,6 +37,8 @@ from .stages import (
 
 _passes = torch.ops.fused_bottleneck
 
+TailSource = FoldedTerm | Normalised | Tensor
+
 
 def pointwise(weight: Tensor) -> Tensor:
     """A matrix as the weight of a 1x1 convolution."""
@@ -48,10 +51,10 @@ def operand_key(operand: Operand | ConvGrad) -> tuple[str, int]:
     return type(operand).__name__, id(tensor)
 
 
-def _bn_apply(act: Activation, relu: bool, out: Tensor) -> None:
-    """The activation, with or without its ReLU, into out."""
+def _bn_apply(act: Activation, out: Tensor) -> None:
+    """The activation into out."""
     y, mean, scale, beta, centre = act
-    _passes.bn_apply_(matrix(y), mean, scale, beta, centre, relu, matrix(out))
+    _passes.bn_apply_(matrix(y), mean, scale, beta, centre, True, matrix(out))
 
 
 def input_grad(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -115,7 +118,7 @@ class PassStages(Stages):
         key = operand_key(operand)
         if key not in self._materialised:
             out = self._scratch(operand.y)
-            _bn_apply(operand, True, out)
+            _bn_apply(operand, out)
             self._materialised[key] = out
         return self._materialised[key]
 
@@ -124,17 +127,23 @@ class PassStages(Stages):
         if key not in self._materialised:
             source = operand.view()
             out = self._scratch(source)
+            assert operand.centre is not None
             torch.sub(source, operand.centre.to(source.dtype).view(1, -1, 1, 1), out=out)
             self._materialised[key] = out
         return self._materialised[key]
 
     def _conv_grad(self, grad: ConvGrad) -> Tensor:
-        """dy, in place of g: nothing reads g after it."""
+        """dy, in place of g, which nothing reads after it; of a masked one, in place of y."""
         key = operand_key(grad)
         if key not in self._materialised:
-            g = matrix(grad.g)
-            _passes.bn_backward_(g, matrix(grad.y), *grad[2:], g)
-            self._materialised[key] = grad.g
+            g, y, *coefficients = grad
+            if isinstance(g, Tensor):
+                _passes.bn_backward_(matrix(g), matrix(y), *coefficients, matrix(g))
+                self._materialised[key] = g
+            else:
+                grad_out, mask = matrix(g.grad_out), g.mask
+                _passes.masked_bn_backward_(grad_out, mask, matrix(y), *coefficients, matrix(y))
+                self._materialised[key] = y
         return self._materialised[key]
 
     def _moments(self, y: Tensor) -> Moments:
@@ -147,18 +156,47 @@ class PassStages(Stages):
         if not channels_last:
             return self._from_channels_last(self._operand(act))
         out = self._result(act.y)
-        _bn_apply(act, True, out)
+        _bn_apply(act, out)
         return out
 
-    def normalise_(self, act: Activation) -> Tensor:
-        _bn_apply(act, False, act.y)
-        return act.y
+    def _tail_sources(
+        self, terms: Sequence[FoldedTerm], residuals: Sequence[Tensor | Normalised]
+    ) -> tuple[TailSource, FoldedTerm | Tensor]:
+        """What the output is the sum of; of residuals the first may be normalised as it is added,
+        any other is so in place."""
+        normalised = [r for r in residuals if isinstance(r, Normalised)]
+        plain = [self.channels_last(r) for r in residuals if isinstance(r, Tensor)]
+        sources: list[TailSource] = [*terms, *normalised, *plain]
+        first, second = sources
+        if isinstance(second, Normalised):
+            y, mean, scale, beta = second
+            _passes.bn_apply_(matrix(y), mean, scale, beta, None, False, matrix(y))
+            second = y
+        return first, second
 
-    def _tail_shift(self, terms: Sequence[FoldedTerm], like: Tensor) -> Tensor:
-        """The sum of the terms' shifts, ``[W]``, for an output like a tensor."""
-        if not terms:
+    def _tail_shift(self, first: TailSource, second: TailSource, like: Tensor) -> Tensor:
+        """The sum of what the sources are shifted by, ``[W]``, for an output like a tensor."""
+        shifts = [s.folded.shift for s in (first, second) if isinstance(s, FoldedTerm)]
+        if isinstance(first, Normalised) and first.beta is not None:
+            shifts.append(first.beta)
+        if not shifts:
             return like.new_zeros(like.shape[1], dtype=accumulation_dtype(like.dtype))
-        return sum((term.folded.shift for term in terms[1:]), terms[0].folded.shift)
+        return sum(shifts[1:], shifts[0])
+
+    def _residual_relu(
+        self,
+        first: Tensor | Normalised,
+        second: Tensor,
+        shift: Tensor,
+        out: Tensor,
+        mask: Tensor,
+    ) -> None:
+        """``out = relu(first + second + shift)`` and its mask; shift has the beta of first."""
+        if isinstance(first, Normalised):
+            y, mean, scale = first[:3]
+        else:
+            y, mean, scale = first, None, None
+        _passes.residual_relu_(matrix(y), mean, scale, shift, matrix(second), matrix(out), mask)
 
     # Backward.
 
@@ -224,7 +262,6 @@ class PassStages(Stages):
             invstd,
             act.scale,
             act.beta,
-            True,
             matrix(out),
         )
         return GradSums(*sums)
@@ -235,16 +272,10 @@ class PassStages(Stages):
         g = self._scratch(act.y)
         return g, self._reduce(self.channels_last(grad_out), None, None, act, invstd, g)
 
-    def masked_reduce(
-        self, grad: MaskedGrad, y: Tensor, mean: Tensor, invstd: Tensor
-    ) -> tuple[Tensor, GradSums]:
-        g = self._scratch(y)
-        self._masked_chunk(grad, 0, y.shape[0], g)
-        rows = matrix(g)
-        sums = _passes.bn_backward_reduce_(
-            rows, None, None, matrix(y), mean, invstd, None, None, False, rows
-        )
-        return g, GradSums(*sums)
+    def masked_reduce(self, grad: MaskedGrad, y: Tensor, mean: Tensor, invstd: Tensor) -> GradSums:
+        grad_out = matrix(grad.grad_out)
+        sums = _passes.masked_bn_backward_reduce(grad_out, grad.mask, matrix(y), mean, invstd)
+        return GradSums(*sums)
 
     def tail_dgrad(
         self, grad: MaskedGrad, act: Activation, coefficients: OperandGrad, invstd: Tensor

@@ -19,6 +19,7 @@ from .operands import (
     ConvGrad,
     Geometry,
     MaskedGrad,
+    Normalised,
     StridedInput,
     pixels,
     strided,
@@ -55,11 +56,16 @@ def _convolutions(units: Sequence[Unit]) -> list[tuple[Tensor, Geometry]]:
     return [(unit.weight, unit.geometry) for unit in units]
 
 
-def _tail_operand(stages: Stages, act: Activation, unit2: Unit, unit3: Unit) -> Activation:
-    """The centred operand of conv3: around relu(beta2), where batch statistics put BN2's output.
+def _tail_operand(
+    stages: Stages, act: Activation, unit2: Unit, unit3: Unit, group: str | None
+) -> Activation:
+    """The operand of conv3. If it is centred then around relu(beta2), where batch statistics put
+    BN2's output.
 
     Fixed ones may put it anywhere, and BN3's covariance then wants a centre taken from the data.
     """
+    if not tail.has_centre(unit3.weight, unit3.batch, pixels(act.y), group):
+        return act
     if unit3.batch and not unit2.batch:
         return act._replace(centre=stages.centre(act))
     return act._replace(centre=algebra.relu_of_shift(act.beta, act.mean))
@@ -68,11 +74,13 @@ def _tail_operand(stages: Stages, act: Activation, unit2: Unit, unit3: Unit) -> 
 def _downsample_operand(
     stages: Stages, x: Tensor, unit: Unit, count: int, group: str | None
 ) -> StridedInput:
-    """The centred input of the downsample. Where no covariance is taken of its pixels the centre is
-    zero: with fixed statistics a NaN in x stays where it is."""
+    """The input of the downsample, centred if a covariance is taken of its pixels. Otherwise a
+    centre is zero: with fixed statistics a NaN in x stays where it is."""
     stride = unit.geometry.stride
     if tail.has_gram(unit.weight, unit.batch, count, group):
         return StridedInput(x, stride, stages.centre(strided(x, stride)))
+    if not tail.has_centre(unit.weight, unit.batch, count, group):
+        return StridedInput(x, stride)
     return StridedInput(
         x, stride, x.new_zeros(x.shape[1], dtype=algebra.accumulation_dtype(x.dtype))
     )
@@ -107,8 +115,8 @@ def bottleneck_forward(
         x = stages.channels_last(x)
         act1, state1, reported1 = _conv_unit(stages, x, units[0], group)
         act2, state2, reported2 = _conv_unit(stages, act1, units[1], group)
-        operands: list[Operand] = [_tail_operand(stages, act2, units[1], units[2])]
-        residuals = []
+        operands: list[Operand] = [_tail_operand(stages, act2, units[1], units[2], group)]
+        residuals: list[Tensor | Normalised] = []
         if len(units) > 3:
             operands.append(_downsample_operand(stages, x, units[3], pixels(act2.y), group))
         else:
@@ -153,9 +161,8 @@ def _tails_backward(
     group: str | None,
 ) -> list[TailBackward]:
     """B1 and the coefficients of the tail units: one pass over g for the folded ones."""
-    pairs = zip(units, states, strict=True)
     folded = [
-        i for i, (unit, state) in enumerate(pairs) if state.weight_cov is not None or not unit.batch
+        i for i, unit in enumerate(units) if tail.is_folded(unit.weight, unit.batch, count, group)
     ]
     results: dict[int, TailBackward] = {}
     if folded:

@@ -38,6 +38,7 @@ from .operands import (
     ConvGrad,
     Geometry,
     MaskedGrad,
+    Normalised,
     StridedInput,
     matrix,
     pixels,
@@ -180,6 +181,16 @@ def _sample(t: Tensor) -> Tensor:
     return t[:: -(-images // 16), :, :: -(-height // 4), :: -(-width // 4)]
 
 
+def output_dtype(
+    terms: Sequence[FoldedTerm], residuals: Sequence[Tensor | Normalised]
+) -> torch.dtype:
+    """The compute dtype, in which the tail's output is."""
+    if terms:
+        return terms[0].folded.weight.dtype
+    first = residuals[0]
+    return (first if isinstance(first, Tensor) else first.y).dtype
+
+
 class Stages:
     """The plain PyTorch stages. One instance serves one run of a program, as a context manager."""
 
@@ -196,7 +207,7 @@ class Stages:
 
     # Operands, materialised.
 
-    def _normalised(self, act: Activation) -> Tensor:
+    def _normalised(self, act: Activation | Normalised) -> Tensor:
         """``(y - mean) * scale + beta`` in the accumulation dtype."""
         z = (act.y.to(act.mean.dtype) - _per_channel(act.mean)) * _per_channel(act.scale)
         return z if act.beta is None else z + _per_channel(act.beta)
@@ -210,7 +221,9 @@ class Stages:
         if isinstance(operand, Tensor):
             return operand
         if isinstance(operand, StridedInput):
-            value = operand.view().to(operand.centre.dtype) - _per_channel(operand.centre)
+            value = operand.view()
+            if operand.centre is not None:
+                value = value.to(operand.centre.dtype) - _per_channel(operand.centre)
             return value.to(operand.x.dtype).contiguous(memory_format=torch.channels_last)
         value = torch.relu(self._normalised(operand))
         if operand.centre is not None:
@@ -219,7 +232,8 @@ class Stages:
 
     def _conv_grad(self, grad: ConvGrad) -> Tensor:
         """dy as a tensor in the compute dtype."""
-        dy = grad.g.to(grad.scale.dtype)
+        g = grad.g if isinstance(grad.g, Tensor) else self._masked(grad.g)
+        dy = g.to(grad.scale.dtype)
         if grad.k0 is not None and grad.k1 is not None:
             centred = grad.y.to(grad.mean.dtype) - _per_channel(grad.mean)
             dy = dy - _per_channel(grad.k0) - centred * _per_channel(grad.k1)
@@ -296,10 +310,6 @@ class Stages:
         """B2 to B3, B3 to B5: the coefficients of a normalisation's gradient."""
         return algebra.bn_backward_coefficients(scale, invstd, *sums, count, batch)
 
-    def normalise_(self, act: Activation) -> Tensor:
-        """``(y - mean) * scale + beta``, without ReLU; may overwrite y."""
-        return self._normalised(act).to(act.y.dtype)
-
     def activation(self, act: Activation, channels_last: bool) -> Tensor:
         """``relu((y - mean) * scale + beta) - centre`` as a fresh tensor."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -331,23 +341,27 @@ class Stages:
         return algebra.fold_forward(weight.flatten(1), cov, gamma, beta, bias, eps, centre, mean_d)
 
     def tail_forward(
-        self, terms: Sequence[FoldedTerm], residuals: Sequence[Tensor], channels_last: bool
+        self,
+        terms: Sequence[FoldedTerm],
+        residuals: Sequence[Tensor | Normalised],
+        channels_last: bool,
     ) -> tuple[Tensor, Tensor]:
         """F4: ``out = relu(sum of D Wf^T + shift + residuals)``, the mask of its live elements.
 
-        Of terms and residuals (``[N, W, H', W']``) together there are two. Returns out
-        ``[N, W, H', W']`` and mask uint8 ``[Q, ceil(W/8)]``.
+        Of terms and residuals (``[N, W, H', W']``; the y of a normalised one may be overwritten)
+        together there are two. Returns out ``[N, W, H', W']`` and mask uint8 ``[Q, ceil(W/8)]``.
         """
         values = [
             conv2d(self._operand(operand), folded.weight[:, :, None, None])
             + _per_channel(folded.shift)
             for operand, folded in terms
         ]
-        first, second = [*values, *residuals]
+        values += [r if isinstance(r, Tensor) else self._normalised(r) for r in residuals]
+        first, second = values
         value = first + second
         mask = pack_bits(matrix(~(value <= 0)))
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        dtype = (residuals[0] if residuals else terms[0].folded.weight).dtype
+        dtype = output_dtype(terms, residuals)
         return torch.relu(value).to(dtype).contiguous(memory_format=layout), mask
 
     # Backward.
@@ -419,14 +433,11 @@ class Stages:
         xhat = (matrix(act.y).to(act.mean.dtype) - act.mean) * invstd
         return g, GradSums(g_acc.sum(0), (g_acc * xhat).sum(0))
 
-    def masked_reduce(
-        self, grad: MaskedGrad, y: Tensor, mean: Tensor, invstd: Tensor
-    ) -> tuple[Tensor, GradSums]:
-        """B1 of the product way: g ``[N, W, H', W']``, ``sum(g)`` and ``sum(g * xhat)``."""
-        g = self._masked(grad)
-        g_acc = matrix(g).to(mean.dtype)
+    def masked_reduce(self, grad: MaskedGrad, y: Tensor, mean: Tensor, invstd: Tensor) -> GradSums:
+        """B1 of the product way: ``sum(g)`` and ``sum(g * xhat)``, over the pixels of y."""
+        g = matrix(self._masked(grad)).to(mean.dtype)
         xhat = (matrix(y).to(mean.dtype) - mean) * invstd
-        return g, GradSums(g_acc.sum(0), (g_acc * xhat).sum(0))
+        return GradSums(g.sum(0), (g * xhat).sum(0))
 
     def relu_backward(
         self, grad_out: Tensor, act: Activation, invstd: Tensor

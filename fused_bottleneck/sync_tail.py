@@ -60,7 +60,7 @@ def _shared_fold(
     offset = algebra.folded_offset(weight, centre, mean_d, None)
     folded = algebra.fold(weight, unit.scale(invstd), offset, unit.beta, mean_d, unit.weight.dtype)
     fraction = whole.fraction.to(acc)
-    state = TailState(centre, invstd, offset, mean_d, fold.weight_cov, deviation, fraction)
+    state = TailState(invstd, offset, centre, mean_d, fold.weight_cov, deviation, fraction)
     moments = Moments(*(t.to(acc) for t in whole.moments))
     reported = unit.reported(moments, whole.correction.to(acc))
     return TailForward(FoldedTerm(operand, folded), None, state, reported)
@@ -114,7 +114,8 @@ def _shared_backward(
     pixels: int,
 ) -> TailBackward:
     """shared: this rank's fraction of the sums of sum_g and dgamma over all ranks."""
-    centre, invstd, _, mean_d, weight_cov, deviation, _ = state
+    invstd, _, centre, mean_d, weight_cov, deviation, _ = state
+    assert centre is not None
     assert mean_d is not None
     assert weight_cov is not None
     assert deviation is not None

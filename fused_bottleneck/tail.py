@@ -18,23 +18,31 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import algebra
-from .operands import POINTWISE, Activation, ConvGrad, Geometry, MaskedGrad, StridedInput
+from .operands import (
+    POINTWISE,
+    Activation,
+    ConvGrad,
+    Geometry,
+    MaskedGrad,
+    Normalised,
+    StridedInput,
+)
 from .rules import uses_gram
 from .stages import FoldedTerm, Operand, Stages
 from .units import Unit, UnitGrads, UnitState, bessel, conv_grad, unit_grads
 
 
 class TailState(NamedTuple):
-    """What backward needs of a tail unit: centre ``[K]``, invstd and offset ``[W]``, and for the
-    gram way mean_d ``[K]`` and weight_cov ``[W, K]``.
+    """What backward needs of a tail unit: invstd and offset ``[W]``, its operand's centre ``[K]``
+    if it has one, and for the gram way mean_d ``[K]`` and weight_cov ``[W, K]``.
 
     The product and not cov: rounding it keeps what the differences in it have left. Of statistics
     over several ranks also deviation ``[K]``, the mean of this rank's operand less mean_d, and
     fraction ``[1]``, this rank's part of their pixels."""
 
-    centre: Tensor
     invstd: Tensor
     offset: Tensor
+    centre: Tensor | None = None
     mean_d: Tensor | None = None
     weight_cov: Tensor | None = None
     deviation: Tensor | None = None
@@ -46,10 +54,11 @@ class TailState(NamedTuple):
 
 
 class TailForward(NamedTuple):
-    """A tail unit's contribution to the output: a term of the product, or a wide tensor."""
+    """A tail unit's contribution to the output: a term of the product, or a wide tensor that is
+    normalised as it is added."""
 
     term: FoldedTerm | None
-    added: Tensor | None
+    added: Normalised | None
     state: TailState
     reported: list[Tensor]
 
@@ -83,11 +92,22 @@ def has_gram(weight: Tensor, batch: bool, pixels: int, group: str | None) -> boo
     return uses_gram(weight.device.type, weight.dtype, pixels, channels, width)
 
 
+def is_folded(weight: Tensor, batch: bool, pixels: int, group: str | None) -> bool:
+    """Whether a tail unit's normalisation is folded into its weight: not in the product way."""
+    return not batch or has_gram(weight, batch, pixels, group)
+
+
+def has_centre(weight: Tensor, batch: bool, pixels: int, group: str | None) -> bool:
+    """Whether a tail unit's operand has a centre: where it is folded, and in 16 bits, so that what
+    is rounded is the deviation from it."""
+    return weight.dtype.itemsize == 2 or is_folded(weight, batch, pixels, group)
+
+
 def state_length(weight: Tensor, batch: bool, pixels: int, group: str | None) -> int:
     """How many tensors of a ``TailState`` there are."""
-    if not has_gram(weight, batch, pixels, group):
-        return 3
-    return 5 if group is None else 7
+    if has_gram(weight, batch, pixels, group):
+        return 5 if group is None else 7
+    return 3 if has_centre(weight, batch, pixels, group) else 2
 
 
 def unpack_states(
@@ -118,7 +138,7 @@ def _folded_forward(unit: Unit, stages: Stages, operand: Operand, pixels: int) -
     folded, mean, var, invstd, offset, weight_cov = stages.fold(
         unit.weight, unit.gamma, unit.beta, unit.bias, unit.eps, centre, mean_d, cov
     )
-    state = TailState(centre, invstd, offset, mean_d.to(invstd.dtype), weight_cov)
+    state = TailState(invstd, offset, centre, mean_d.to(invstd.dtype), weight_cov)
     reported = [mean, var * bessel(pixels)]
     return TailForward(FoldedTerm(operand, folded), None, state, reported)
 
@@ -131,7 +151,7 @@ def fixed_forward(unit: Unit, operand: Operand) -> TailForward:
     offset = algebra.folded_offset(weight, centre, None, moments.mean)
     invstd = algebra.inverse_std(moments.var, unit.eps)
     folded = algebra.fold(weight, unit.scale(invstd), offset, unit.beta, None, unit.weight.dtype)
-    return TailForward(FoldedTerm(operand, folded), None, TailState(centre, invstd, offset), [])
+    return TailForward(FoldedTerm(operand, folded), None, TailState(invstd, offset, centre), [])
 
 
 def _product_forward(unit: Unit, stages: Stages, operand: Operand, pixels: int) -> TailForward:
@@ -139,12 +159,10 @@ def _product_forward(unit: Unit, stages: Stages, operand: Operand, pixels: int) 
     y, moments = stages.conv_forward(source, unit.weight, geometry)
     invstd = algebra.inverse_std(moments.var, unit.eps)
     beta = None if unit.beta is None else unit.beta.to(invstd.dtype)
-    added = stages.normalise_(Activation(y, moments.mean, unit.scale(invstd), beta))
-    centre = operand.centre
-    assert centre is not None
-    state = TailState(centre, invstd, -moments.mean)
-    if isinstance(operand, Activation):  # y is that of the centred operand
-        moments = moments._replace(mean=moments.mean + unit.matrix() @ centre)
+    added = Normalised(y, moments.mean, unit.scale(invstd), beta)
+    state = TailState(invstd, -moments.mean, operand.centre)
+    if isinstance(operand, Activation) and operand.centre is not None:  # y is that of the centred
+        moments = moments._replace(mean=moments.mean + unit.matrix() @ operand.centre)
     return TailForward(None, added, state, unit.reported(moments, bessel(pixels)))
 
 
@@ -157,7 +175,8 @@ def folded_backward(
     unit: Unit, stages: Stages, state: TailState, a: Tensor, s: Tensor, sum_g: Tensor, count: int
 ) -> TailBackward:
     """Parameter gradients and operand-gradient coefficients from ``S = g^T D`` and sum_g."""
-    centre, invstd, offset, mean_d, weight_cov = state[:5]
+    invstd, offset, centre, mean_d, weight_cov = state[:5]
+    assert centre is not None
     dweight, dgamma, dbias, coefficients = stages.fold_backward(
         unit.weight, unit.gamma, invstd, offset, centre, mean_d, weight_cov, a, s, sum_g, count
     )
@@ -171,8 +190,8 @@ def product_backward(
     source, geometry = _source(operand, unit.geometry)
     y = stages.conv(source, unit.weight, geometry)
     normalised = UnitState(-state.offset, state.invstd)
-    g, sums = stages.masked_reduce(grad, y, normalised.mean, normalised.invstd)
-    dy = conv_grad(stages, unit, y, normalised, g, sums)
+    sums = stages.masked_reduce(grad, y, normalised.mean, normalised.invstd)
+    dy = conv_grad(stages, unit, y, normalised, grad, sums)
     dweight = sums.g.new_empty(0)
     if needed:
         dweight = stages.conv_wgrad(dy, source, unit.weight, geometry)

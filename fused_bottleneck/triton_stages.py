@@ -15,7 +15,7 @@ from . import extension, rules
 from .algebra import FoldBackward, FoldForward, OperandGrad
 from .junctions import JunctionStages
 from .kernels import conv1x1, conv2d, fold, gram, pointwise, tail, wgrad
-from .operands import POINTWISE, Activation, ConvGrad, Geometry, MaskedGrad
+from .operands import POINTWISE, Activation, ConvGrad, Geometry, MaskedGrad, Normalised
 from .stages import (
     ConvTerm,
     FoldedTerm,
@@ -133,12 +133,18 @@ class TritonStages(JunctionStages):
         return fold.fold(weight.contiguous(), gamma, beta, bias, eps, centre, mean_d, cov)
 
     def tail_forward(
-        self, terms: Sequence[FoldedTerm], residuals: Sequence[Tensor], channels_last: bool
+        self,
+        terms: Sequence[FoldedTerm],
+        residuals: Sequence[Tensor | Normalised],
+        channels_last: bool,
     ) -> tuple[Tensor, Tensor]:
         first, *others = terms
         assert isinstance(first.operand, Activation)
         first = first._replace(operand=_affine(first.operand))
-        residual = self.channels_last(residuals[0]) if residuals else None
+        residual = None
+        if residuals:
+            assert isinstance(residuals[0], Tensor)  # a normalised one is of the product way
+            residual = self.channels_last(residuals[0])
         out, mask = tail.tail_forward([first, *others], residual, self._precision)
         return _in_layout(out, channels_last), mask
 

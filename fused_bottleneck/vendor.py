@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .algebra import accumulation_dtype
 from .junctions import JunctionStages
-from .operands import MaskedGrad, StridedInput, matrix
+from .operands import MaskedGrad, Normalised, StridedInput, matrix
 from .pass_stages import PassStages, input_grad, pointwise
 from .stages import (
     ConvTerm,
@@ -71,19 +71,24 @@ class VendorStages(JunctionStages, PassStages):
         """A residual, or a term without its shift."""
         if isinstance(source, Tensor):
             return source
-        return conv2d(self._operand(source.operand), pointwise(source.folded.weight))
+        value = conv2d(self._operand(source.operand), pointwise(source.folded.weight))
+        return self.channels_last(value)
 
     def tail_forward(
-        self, terms: Sequence[FoldedTerm], residuals: Sequence[Tensor], channels_last: bool
+        self,
+        terms: Sequence[FoldedTerm],
+        residuals: Sequence[Tensor | Normalised],
+        channels_last: bool,
     ) -> tuple[Tensor, Tensor]:
-        sources: list[FoldedTerm | Tensor] = list(terms)
-        sources += [self.channels_last(residual) for residual in residuals]
-        first, second = (self.channels_last(self._value(source)) for source in sources)
-        n, channels, h, w = first.shape
-        out = first if terms else self._result(first)  # a product is nobody else's
-        shift = self._tail_shift(terms, first)
-        mask = torch.empty(n * h * w, -(-channels // 8), dtype=torch.uint8, device=first.device)
-        _passes.residual_relu_(matrix(first), None, None, shift, matrix(second), matrix(out), mask)
+        first, second = self._tail_sources(terms, residuals)
+        value = first if isinstance(first, Normalised) else self._value(first)
+        residual = self._value(second)
+        # A product is nobody else's.
+        out = value if terms and isinstance(value, Tensor) else self._result(residual)
+        shift = self._tail_shift(first, second, out)
+        n, channels, h, w = out.shape
+        mask = torch.empty(n * h * w, -(-channels // 8), dtype=torch.uint8, device=out.device)
+        self._residual_relu(value, residual, shift, out, mask)
         return out if channels_last else self._from_channels_last(out), mask
 
     # Backward.

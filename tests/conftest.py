@@ -1,5 +1,8 @@
 """What every test runs under: fixed seeds, one thread, and NaN in memory nobody has written."""
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +10,22 @@ import torch
 from ranks import Pool
 
 from fused_bottleneck import cpu, extension, tail
+
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+_caches: list[str] = []
+
+
+def pytest_configure() -> None:
+    """A cache of compiled graphs for this run alone: the key of a graph has the names of its custom
+    ops, not what they return in this version."""
+    if _CACHE not in os.environ:  # else of the process that started this one, or the user's wish
+        _caches.append(tempfile.mkdtemp(prefix="inductor"))
+        os.environ[_CACHE] = _caches[0]
+
+
+def pytest_unconfigure() -> None:
+    for path in _caches:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

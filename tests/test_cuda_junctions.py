@@ -273,7 +273,7 @@ def test_a_junction_backward_is_one_launch(batch: bool) -> None:
     unit = tail_unit(junction, True, batch)
     _, _, *state, a, s, sum_g, count = junction.arguments("fold_backward")
     invstd, offset, centre, mean_d, weight_cov = state
-    known = tail.TailState(centre, invstd, offset, *((mean_d, weight_cov) if batch else ()))
+    known = tail.TailState(invstd, offset, centre, *((mean_d, weight_cov) if batch else ()))
     stages = JunctionStages()
     with Calls() as calls:
         tail.operand_weight(unit, stages, known)

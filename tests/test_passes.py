@@ -35,32 +35,34 @@ WRITES = {
     "masked_add_": ["out"],
     "bn_backward_reduce_": ["g"],
     "bn_backward_": ["out"],
+    "masked_bn_backward_reduce": [],
+    "masked_bn_backward_": ["out"],
 }
 RETURNS = {
     "channel_moments": ["mean", "m2"],
     "mask_grad_": ["sum_g"],
     "bn_backward_reduce_": ["sum_g", "sum_g_xhat"],
+    "masked_bn_backward_reduce": ["sum_g", "sum_g_xhat"],
 }
-# Variants of a pass: the optional arguments to leave out, and relu.
-CASES: dict[str, tuple[str, list[str], bool]] = {
-    "channel_moments": ("channel_moments", [], False),
-    "bn_apply": ("bn_apply_", [], True),
-    "bn_apply, no option": ("bn_apply_", ["beta", "centre"], False),
-    "residual_relu": ("residual_relu_", [], True),
-    "residual_relu, product": ("residual_relu_", ["mean", "scale"], True),
-    "residual_relu, no residual": ("residual_relu_", ["residual"], True),
-    "mask_grad": ("mask_grad_", [], False),
-    "masked_add": ("masked_add_", [], False),
-    "bn_backward_reduce": ("bn_backward_reduce_", [], True),
-    "bn_backward_reduce, no option": (
-        "bn_backward_reduce_",
-        ["addend", "shift", "scale", "beta"],
-        False,
-    ),
-    "bn_backward_reduce, no beta": ("bn_backward_reduce_", ["addend", "shift", "beta"], True),
-    "bn_backward": ("bn_backward_", [], False),
-    "bn_backward, fixed": ("bn_backward_", ["k0", "k1"], False),
+# Variants of a pass: the optional arguments to leave out; relu is False if it is.
+CASES: dict[str, tuple[str, list[str]]] = {
+    "channel_moments": ("channel_moments", []),
+    "bn_apply": ("bn_apply_", []),
+    "bn_apply, no option": ("bn_apply_", ["beta", "centre", "relu"]),
+    "residual_relu": ("residual_relu_", []),
+    "residual_relu, product": ("residual_relu_", ["mean", "scale"]),
+    "residual_relu, no residual": ("residual_relu_", ["residual"]),
+    "mask_grad": ("mask_grad_", []),
+    "masked_add": ("masked_add_", []),
+    "bn_backward_reduce": ("bn_backward_reduce_", []),
+    "bn_backward_reduce, no option": ("bn_backward_reduce_", ["addend", "shift", "beta"]),
+    "bn_backward": ("bn_backward_", []),
+    "bn_backward, fixed": ("bn_backward_", ["k0", "k1"]),
+    "masked_bn_backward_reduce": ("masked_bn_backward_reduce", []),
+    "masked_bn_backward": ("masked_bn_backward_", []),
 }
+# What a GPU never needs: its tails take the gram way.
+CPU_ONLY = {"masked_bn_backward_reduce", "masked_bn_backward"}
 over_cases = pytest.mark.parametrize("case", CASES)
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -70,16 +72,16 @@ Change = Callable[[Tensor], Tensor | None]
 
 def arguments(case: str, dtype: torch.dtype, shape: tuple[int, int], seed: int = 0) -> Arguments:
     """Random arguments of a pass, by name, in the order of its schema."""
-    op, left_out, relu = CASES[case]
+    op, left_out = CASES[case]
     rows, channels = shape
     generator = torch.Generator().manual_seed(seed)
     matrices = {"y", "out", "residual", "grad", "addend", "grad_out", "g", "value"}
 
     def value(name: str) -> Tensor | bool | None:
+        if name == "relu":
+            return name not in left_out
         if name in left_out:
             return None
-        if name == "relu":
-            return relu
         if name in WRITES[op] and name != "mask":
             return torch.full(shape, 7.0, dtype=dtype)
         if name == "mask":
@@ -124,28 +126,29 @@ def oracle(case: str, args: Arguments, compute: torch.dtype) -> dict[str, Tensor
         v = plus(v, "shift", "residual")
         return {"out": torch.where(v <= 0, zero, v), "mask": pack(~(v <= 0))}
     if op == "mask_grad_":
-        bits = unpack(a["mask"], a["grad_out"].shape[1])
-        return {"g": torch.where(bits, a["grad_out"], zero)}
+        return {"g": masked(args).to(compute)}
     if op == "masked_add_":
-        bits = unpack(a["mask"], a["grad_out"].shape[1])
-        return {"out": a["value"] + torch.where(bits, a["grad_out"], zero)}
+        return {"out": a["value"] + masked(args).to(compute)}
     if op == "bn_backward_reduce_":
-        v = plus(a["grad"], "addend", "shift")
-        if a["relu"]:
-            acc = accumulation_dtype(args["y"].dtype)
-            z = (args["y"].to(acc) - args["mean"]) * args["scale"]
-            z = z if args["beta"] is None else z + args["beta"]
-            v = torch.where(z <= 0, zero, v)
-        return {"g": v}
-    if op == "bn_backward_":
+        acc = accumulation_dtype(args["y"].dtype)
+        z = (args["y"].to(acc) - args["mean"]) * args["scale"]
+        z = z if args["beta"] is None else z + args["beta"]
+        return {"g": torch.where(z <= 0, zero, plus(a["grad"], "addend", "shift"))}
+    if op in ("bn_backward_", "masked_bn_backward_"):
+        g = a["g"] if op == "bn_backward_" else masked(args).to(compute)
         if a["k0"] is None:
-            return {"out": a["scale"] * a["g"]}
-        return {"out": a["scale"] * (a["g"] - a["k0"] - (a["y"] - a["mean"]) * a["k1"])}
+            return {"out": a["scale"] * g}
+        return {"out": a["scale"] * (g - a["k0"] - (a["y"] - a["mean"]) * a["k1"])}
     return {}
 
 
-def sum_terms(args: Arguments, g: Tensor) -> dict[str, Tensor]:
-    """The terms of the column sums, from the g that was stored."""
+def masked(args: Arguments) -> Tensor:
+    return torch.where(unpack(args["mask"], args["grad_out"].shape[1]), args["grad_out"], 0)
+
+
+def sum_terms(args: Arguments, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The terms of the column sums, from the g that was stored, if it was."""
+    g = outputs["g"] if "g" in outputs else masked(args)
     terms = {"sum_g": g.double()}
     if "invstd" in args:
         terms["sum_g_xhat"] = g.double() * (args["y"].double() - args["mean"]) * args["invstd"]
@@ -165,8 +168,8 @@ def assert_right(case: str, args: Arguments, outputs: dict[str, Tensor]) -> None
         # The arguments are of order 10, so are the terms that cancel.
         bounds = {"rtol": torch.finfo(dtype).eps, "atol": 128 * eps}
         torch.testing.assert_close(outputs[name].double(), far[name], **bounds)
-    if op in ("mask_grad_", "bn_backward_reduce_"):
-        for name, terms in sum_terms(args, outputs["g"]).items():
+    if "sum_g" in outputs:
+        for name, terms in sum_terms(args, outputs).items():
             assert outputs[name].dtype == accumulation_dtype(dtype)
             error = (outputs[name].double() - terms.sum(0)).abs()
             assert (error <= 8 * eps * terms.abs().sum(0)).all(), (case, name)
@@ -249,8 +252,8 @@ def test_nan_and_inf_flow(case: str, dtype: torch.dtype) -> None:
     for name, expected in oracle(case, args, accumulation_dtype(dtype)).items():
         expected = expected.to(outputs[name].dtype)
         torch.testing.assert_close(outputs[name], expected, rtol=0, atol=0, equal_nan=True)
-    if "g" in outputs:
-        for name, terms in sum_terms(args, outputs["g"]).items():
+    if "sum_g" in outputs:
+        for name, terms in sum_terms(args, outputs).items():
             total = terms.sum(0).to(outputs[name].dtype)
             torch.testing.assert_close(outputs[name], total, rtol=1e-3, atol=1e-3, equal_nan=True)
 
@@ -280,7 +283,7 @@ def test_forward_relu_and_backward_gate_are_the_same_bits() -> None:
     out, g = torch.empty_like(y), torch.empty_like(y)
     passes.bn_apply_(y, mean, scale, beta, None, True, out)
     ones = torch.ones_like(y)
-    passes.bn_backward_reduce_(ones, None, None, y, mean, mean, scale, beta, True, g)
+    passes.bn_backward_reduce_(ones, None, None, y, mean, mean, scale, beta, g)
     assert 0.01 < g.mean() < 0.99
     assert torch.equal(out > 0, g > 0)
 
@@ -479,12 +482,16 @@ ERRORS: list[tuple[str, str, Change, str]] = [
     ("masked_add", "grad_out", lambda t: t.half(), r"grad_out to be float32 .*got float16"),
     ("masked_add", "mask", lambda t: t[1:], r"mask to be uint8 \[10, 2\].*got uint8 \[9, 2\]"),
     ("masked_add", "out", lambda t: t[1:], r"out to be float32 \[10, 16\].*got float32 \[9, 16\]"),
-    ("bn_backward_reduce", "scale", lambda t: None, "scale to be given with relu=True, got None"),
+    ("bn_backward_reduce", "scale", lambda t: t.double(), "scale to be float32.*got float64"),
     ("bn_backward_reduce", "addend", lambda t: t.half(), "addend to be float32.*got float16"),
     ("bn_backward_reduce", "y", lambda t: t[:, 1:], r"y to be float32 .*got float32 \[10, 15\]"),
     ("bn_backward_reduce", "invstd", lambda t: t[1:], r"invstd to be .*got float32 \[15\]"),
     ("bn_backward", "k1", lambda t: None, "k0 and k1 to be given together, got only k0"),
     ("bn_backward", "y", lambda t: t.double(), r"expected y to be float32 .*got float64"),
+    ("masked_bn_backward_reduce", "mask", lambda t: t[1:], r"mask to be .*got uint8 \[9, 2\]"),
+    ("masked_bn_backward_reduce", "y", lambda t: t[1:], r"y to be .*got float32 \[9, 16\]"),
+    ("masked_bn_backward", "mask", lambda t: t.bool(), r"mask to be uint8 .*got Bool"),
+    ("masked_bn_backward", "k1", lambda t: t[1:], r"k1 to be .*got float32 \[15\]"),
 ]
 
 
@@ -502,6 +509,7 @@ def test_error_names_the_argument(case: str, name: str, change: Change, message:
         ("bn_apply", "out", "y"),
         ("residual_relu", "out", "residual"),
         ("bn_backward_reduce", "g", "y"),
+        ("masked_bn_backward", "out", "y"),
         ("masked_add", "out", "value"),
         ("masked_add", "out", "grad_out"),
     ],

@@ -19,6 +19,7 @@ from fused_bottleneck.operands import (
     ConvGrad,
     Geometry,
     MaskedGrad,
+    Normalised,
     StridedInput,
 )
 from fused_bottleneck.stages import (
@@ -94,7 +95,11 @@ class Data:
         return OperandGrad(a, square, self.vector(operand_channels))
 
 
-def tail_forward(terms: int, residuals: int, layout: bool) -> Callable[[Stages, Data], Any]:
+def tail_forward(
+    terms: int, residuals: int, layout: bool, normalised: int = 0
+) -> Callable[[Stages, Data], Any]:
+    """normalised: how many of the products' outputs there are; the first has no beta."""
+
     def stage(stages: Stages, data: Data) -> Any:
         operands = [data.activation(M, OUT, centred=True), data.strided()][:terms]
         sizes = [M, C]
@@ -102,7 +107,10 @@ def tail_forward(terms: int, residuals: int, layout: bool) -> Callable[[Stages, 
             FoldedTerm(operand, Folded(data.weight(W, k), data.vector(W)))
             for operand, k in zip(operands, sizes, strict=False)
         ]
-        extra = [data.image(W, OUT) for _ in range(residuals)]
+        extra: list[Tensor | Normalised] = [data.image(W, OUT) for _ in range(residuals)]
+        for i in range(normalised):
+            beta = data.vector(W) if i else None
+            extra.append(Normalised(data.image(W, OUT), data.vector(W), data.vector(W), beta))
         out, mask = stages.tail_forward(folded, extra, layout)
         return out, unpack_bits(mask, W).double()
 
@@ -115,6 +123,14 @@ def wide_backward(stages: Stages, data: Data) -> Any:
     coefficients = [data.operand_grad(M), data.operand_grad(C)]
     sums = stages.tail_wgrad(grad, [act, x_s], [k.a for k in coefficients])
     return sums, stages.tail_dgrad(grad, act, coefficients[0], data.vector(M).abs())
+
+
+def product_backward(stages: Stages, data: Data) -> Any:
+    """The convolutions that take the gradient of an output that was computed again."""
+    grad = data.conv_grad(W, OUT)._replace(g=data.masked())
+    act, weight = data.activation(M, OUT), data.weight(W, M, 1, 1)
+    dweight = stages.conv_wgrad(grad, act, weight, POINTWISE)
+    return dweight, stages.conv_dgrad(grad, weight, POINTWISE, act, data.vector(M))
 
 
 def input_backward(downsample: bool, batch: bool, layout: bool) -> Callable[[Stages, Data], Any]:
@@ -177,11 +193,16 @@ STAGES: dict[str, Callable[[Stages, Data], Any]] = {
     "F4, identity": tail_forward(1, 1, True),
     "F4, downsample": tail_forward(2, 0, True),
     "F4, two residuals": tail_forward(0, 2, True),
+    "F4, identity, product": tail_forward(0, 1, True, normalised=1),
+    "F4, downsample, product": tail_forward(0, 0, True, normalised=2),
+    "F4, downsample, one product": tail_forward(1, 0, True, normalised=1),
+    "F4, contiguous product": tail_forward(0, 1, False, normalised=1),
     "F4, contiguous": tail_forward(1, 1, False),
     "B1, B2": wide_backward,
     "B1, product": lambda s, d: s.masked_reduce(
         d.masked(), d.image(W, OUT), d.vector(W), d.vector(W)
     ),
+    "B2, product": product_backward,
     "B3": lambda s, d: s.conv_dgrad(
         d.conv_grad(M, OUT), d.weight(M, M, 3, 3), CONV2, d.activation(M, H), d.vector(M)
     ),
@@ -202,7 +223,6 @@ STAGES: dict[str, Callable[[Stages, Data], Any]] = {
     "B6, contiguous identity": identity_backward(False),
     "activation": lambda s, d: s.activation(d.activation(M, H, centred=True), True),
     "activation, contiguous": lambda s, d: s.activation(d.activation(M, H), False),
-    "normalise": lambda s, d: s.normalise_(d.activation(M, H)),
     "relu backward": lambda s, d: s.relu_backward(d.image(M, H), d.activation(M, H), d.vector(M)),
     "masked grad": lambda s, d: s.masked_grad(d.masked()),
 }

@@ -31,6 +31,7 @@ from fused_bottleneck import (
     extension,
     junctions,
     pass_stages,
+    tail,
     vendor,
 )
 from fused_bottleneck.operands import StridedInput
@@ -57,6 +58,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     if request.param == "cuda":
         return torch.device("cuda")
     monkeypatch.setattr(dispatch, "CpuStages", VendorStages)
+    monkeypatch.setattr(tail, "uses_gram", lambda *sizes: True)  # as on a GPU
     if request.param == "emulated":
         if not cuda_emulation.available():
             pytest.skip("no C++ compiler")

@@ -57,14 +57,15 @@ struct BnBackwardReduce {
   const void* grad;
   const void* addend;  // matrix or null
   const void *shift, *y, *mean, *invstd, *scale, *beta;
-  bool relu;
-  void* g;
+  const uint8_t* mask;  // what is live; null: what scale and beta say
+  void* g;              // matrix or null
 };
 
 struct BnBackward {
   int64_t channels;
   const void *g, *y, *mean, *scale;
   const void *k0, *k1;  // both null: y is not read
+  const uint8_t* mask;  // of g, or null
   void* out;
 };
 

@@ -186,8 +186,9 @@ void bn_backward_reduce(const BnBackwardReduce& p, int64_t begin, int64_t end, d
   const A* scale = static_cast<const A*>(p.scale);
   const A* beta = static_cast<const A*>(p.beta);
   T* g = static_cast<T*>(p.g);
+  const uint8_t* mask = p.mask;
   const int64_t channels = p.channels;
-  const bool with_relu = p.relu;
+  const int64_t mask_stride = (channels + 7) / 8;
   A tile_sum_g[kChannelBlock], tile_sum_g_xhat[kChannelBlock];
   for (int64_t c = 0; c < channels; ++c) sum_g[c] = sum_g_xhat[c] = 0;
   const auto tile = [&](int64_t row_begin, int64_t row_end, int64_t c_begin, int64_t c_end) {
@@ -209,10 +210,15 @@ void bn_backward_reduce(const BnBackwardReduce& p, int64_t begin, int64_t end, d
                           auto v = load(lanes, grad + at);
                           if (addend != nullptr) v += load(lanes, addend + at);
                           v += shift_c;
-                          if (with_relu) v = where_live(affine(y_c, mean_c, scale_c, beta_c), v);
-                          const auto stored = narrow<T, width>(v);
-                          write(g + at, stored);
-                          v = widen<T, width>(stored);
+                          if (mask != nullptr) {
+                            const uint8_t* bits = mask + (row + r) * mask_stride;
+                            v = where_bits(lanes, read_bits(lanes, bits, c), v);
+                          } else {
+                            v = where_live(affine(y_c, mean_c, scale_c, beta_c), v);
+                          }
+                          const auto rounded = narrow<T, width>(v);
+                          if (g != nullptr) write(g + at, rounded);
+                          v = widen<T, width>(rounded);
                           total_g += v;
                           total_g_xhat += v * ((y_c - mean_c) * invstd_c);
                         }
@@ -237,7 +243,9 @@ void bn_backward(const BnBackward& p, int64_t begin, int64_t end) {
   const A* k0 = static_cast<const A*>(p.k0);
   const A* k1 = static_cast<const A*>(p.k1);
   T* out = static_cast<T*>(p.out);
+  const uint8_t* mask = p.mask;
   const int64_t channels = p.channels;
+  const int64_t mask_stride = (channels + 7) / 8;
   if (k0 == nullptr) {
     for_each_lanes<A>(begin, end, 0, channels, [&](auto lanes, auto rows, int64_t row, int64_t c) {
       const auto scale_c = load(lanes, scale + c);
@@ -256,7 +264,10 @@ void bn_backward(const BnBackward& p, int64_t begin, int64_t end) {
     for (int r = 0; r < rows; ++r) {
       const int64_t at = (row + r) * channels + c;
       const auto centred = load(lanes, y + at) - mean_c;
-      store(lanes, out + at, scale_c * (load(lanes, g + at) - k0_c - centred * k1_c));
+      auto g_c = load(lanes, g + at);
+      if (mask != nullptr)
+        g_c = where_bits(lanes, read_bits(lanes, mask + (row + r) * mask_stride, c), g_c);
+      store(lanes, out + at, scale_c * (g_c - k0_c - centred * k1_c));
     }
   });
 }

@@ -122,26 +122,7 @@ void masked_add_(const Tensor& value, const Tensor& grad_out, const Tensor& mask
   parallel_rows(args, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
-std::tuple<Tensor, Tensor> bn_backward_reduce_(const Tensor& grad, const OptionalTensor& addend,
-                                               const OptionalTensor& shift, const Tensor& y,
-                                               const Tensor& mean, const Tensor& invstd,
-                                               const OptionalTensor& scale,
-                                               const OptionalTensor& beta, bool relu,
-                                               const Tensor& g) {
-  Arguments args("bn_backward_reduce_", "grad", grad);
-  STD_TORCH_CHECK(!relu || scale.has_value(),
-                  "bn_backward_reduce_: expected scale to be given with relu=True, got None");
-  const BnBackwardReduce call{args.channels,
-                              grad.const_data_ptr(),
-                              args.matrix("addend", addend),
-                              args.vector_or(0, "shift", shift),
-                              args.matrix("y", y),
-                              args.vector("mean", mean),
-                              args.vector("invstd", invstd),
-                              args.vector_or(1, "scale", scale),
-                              args.vector_or(0, "beta", beta),
-                              relu,
-                              args.output("g", g, {{"addend", addend}, {"y", y}})};
+std::tuple<Tensor, Tensor> reduce(const Arguments& args, const BnBackwardReduce& call) {
   const auto kernel = kernels_for(args.dtype).bn_backward_reduce;
   const Chunks chunks(args);
   const Partials partials(chunks.count, args.channels);
@@ -153,20 +134,51 @@ std::tuple<Tensor, Tensor> bn_backward_reduce_(const Tensor& grad, const Optiona
           sum_parts(args, chunks.count, [&](int64_t chunk) { return partials.second(chunk); })};
 }
 
+std::tuple<Tensor, Tensor> bn_backward_reduce_(const Tensor& grad, const OptionalTensor& addend,
+                                               const OptionalTensor& shift, const Tensor& y,
+                                               const Tensor& mean, const Tensor& invstd,
+                                               const Tensor& scale, const OptionalTensor& beta,
+                                               const Tensor& g) {
+  Arguments args("bn_backward_reduce_", "grad", grad);
+  return reduce(args, {args.channels, grad.const_data_ptr(), args.matrix("addend", addend),
+                       args.vector_or(0, "shift", shift), args.matrix("y", y),
+                       args.vector("mean", mean), args.vector("invstd", invstd),
+                       args.vector("scale", scale), args.vector_or(0, "beta", beta), nullptr,
+                       args.output("g", g, {{"addend", addend}, {"y", y}})});
+}
+
+std::tuple<Tensor, Tensor> masked_bn_backward_reduce(const Tensor& grad_out, const Tensor& mask,
+                                                     const Tensor& y, const Tensor& mean,
+                                                     const Tensor& invstd) {
+  Arguments args("masked_bn_backward_reduce", "grad_out", grad_out);
+  const void* zeros = args.vector_or(0, "shift", std::nullopt);
+  return reduce(args, {args.channels, grad_out.const_data_ptr(), nullptr, zeros,
+                       args.matrix("y", y), args.vector("mean", mean),
+                       args.vector("invstd", invstd), zeros, zeros, args.mask(mask), nullptr});
+}
+
+void apply(const Arguments& args, const BnBackward& call) {
+  const auto kernel = kernels_for(args.dtype).bn_backward;
+  parallel_rows(args, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+}
+
 void bn_backward_(const Tensor& g, const Tensor& y, const Tensor& mean, const Tensor& scale,
                   const OptionalTensor& k0, const OptionalTensor& k1, const Tensor& out) {
   Arguments args("bn_backward_", "g", g);
   args.together("k0", k0, "k1", k1);
-  const BnBackward call{args.channels,
-                        g.const_data_ptr(),
-                        args.matrix("y", y),
-                        args.vector("mean", mean),
-                        args.vector("scale", scale),
-                        args.vector_or_null("k0", k0),
-                        args.vector_or_null("k1", k1),
-                        args.output("out", out, {{"y", y}})};
-  const auto kernel = kernels_for(args.dtype).bn_backward;
-  parallel_rows(args, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  apply(args, {args.channels, g.const_data_ptr(), args.matrix("y", y), args.vector("mean", mean),
+               args.vector("scale", scale), args.vector_or_null("k0", k0),
+               args.vector_or_null("k1", k1), nullptr, args.output("out", out, {{"y", y}})});
+}
+
+void masked_bn_backward_(const Tensor& grad_out, const Tensor& mask, const Tensor& y,
+                         const Tensor& mean, const Tensor& scale, const Tensor& k0,
+                         const Tensor& k1, const Tensor& out) {
+  const Arguments args("masked_bn_backward_", "grad_out", grad_out);
+  apply(args,
+        {args.channels, grad_out.const_data_ptr(), args.matrix("y", y), args.vector("mean", mean),
+         args.vector("scale", scale), args.vector("k0", k0), args.vector("k1", k1), args.mask(mask),
+         args.output("out", out, {{"y", y}, {"mask", mask}})});
 }
 
 std::string cpu_capability() { return capability().name; }
@@ -181,6 +193,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_bottleneck, CPU, m) {
   m.impl("masked_add_", TORCH_BOX(&masked_add_));
   m.impl("bn_backward_reduce_", TORCH_BOX(&bn_backward_reduce_));
   m.impl("bn_backward_", TORCH_BOX(&bn_backward_));
+  m.impl("masked_bn_backward_reduce", TORCH_BOX(&masked_bn_backward_reduce));
+  m.impl("masked_bn_backward_", TORCH_BOX(&masked_bn_backward_));
 }
 
 // No tensor argument decides the device of this one.

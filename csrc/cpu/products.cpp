@@ -359,7 +359,7 @@ std::tuple<Tensor, Tensor> product_bn_backward_reduce_(
                                args.vector("invstd", invstd),
                                args.vector("scale", scale),
                                args.vector_or(0, "beta", beta),
-                               true,
+                               nullptr,
                                args.output("g", g, {{"a", a}, {"addend", addend}})};
   const auto kernel = row_kernels().bn_backward_reduce;
   const Blocks blocks = product.blocks();

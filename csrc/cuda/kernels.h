@@ -80,7 +80,6 @@ struct BnBackwardReduce {
   const void* grad;
   const void* addend;  // matrix or null
   const void *shift, *y, *mean, *invstd, *scale, *beta;
-  bool relu;
   void* g;
   double* partial;
   void *sum_g, *sum_g_xhat;

@@ -68,21 +68,17 @@ void masked_add_(const Tensor& value, const Tensor& grad_out, const Tensor& mask
 std::tuple<Tensor, Tensor> bn_backward_reduce_(const Tensor& grad, const OptionalTensor& addend,
                                                const OptionalTensor& shift, const Tensor& y,
                                                const Tensor& mean, const Tensor& invstd,
-                                               const OptionalTensor& scale,
-                                               const OptionalTensor& beta, bool relu,
+                                               const Tensor& scale, const OptionalTensor& beta,
                                                const Tensor& g) {
   const Arguments args("bn_backward_reduce_", "grad", grad);
-  STD_TORCH_CHECK(!relu || scale.has_value(),
-                  "bn_backward_reduce_: expected scale to be given with relu=True, got None");
   BnBackwardReduce call{grad.const_data_ptr(),
                         args.matrix("addend", addend),
                         args.vector_or_null("shift", shift),
                         args.matrix("y", y),
                         args.vector("mean", mean),
                         args.vector("invstd", invstd),
-                        args.vector_or_null("scale", scale),
+                        args.vector("scale", scale),
                         args.vector_or_null("beta", beta),
-                        relu,
                         args.output("g", g, {{"addend", addend}, {"y", y}}),
                         nullptr,
                         nullptr};

@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(kThreads)
             A v = widen(loaded.grad.v[k]);
             if (has_addend) v = v + widen(loaded.addend.v[k]);
             v = v + shift.v[k];
-            if (p.relu && !is_live(affine(value, mean.v[k], scale.v[k], beta.v[k]))) v = 0;
+            if (!is_live(affine(value, mean.v[k], scale.v[k], beta.v[k]))) v = 0;
             loaded.grad.v[k] = narrow<T>(v);
             v = widen(loaded.grad.v[k]);
             sum_g[k] += v;

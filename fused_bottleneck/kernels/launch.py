@@ -40,7 +40,10 @@ def source_pointers(source: Tensor | Activation) -> tuple[Tensor | None, ...]:
 
 def grad_pointers(grad: Tensor | ConvGrad) -> tuple[Tensor | None, ...]:
     """The gradient of a convolution's output as ``load_conv_grad`` takes it: computed, or dy."""
-    return grad if isinstance(grad, ConvGrad) else (grad, None, None, None, None, None)
+    if isinstance(grad, Tensor):
+        return grad, None, None, None, None, None
+    assert isinstance(grad.g, Tensor)  # a masked one is of the product way, which is CPU's
+    return (grad.g, *grad[1:])
 
 
 def is_recording() -> bool:

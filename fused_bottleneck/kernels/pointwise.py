@@ -9,7 +9,7 @@ from torch import Tensor
 from ..operands import Activation, ConvGrad, MaskedGrad, pixels
 from ..stages import GradSums
 from .config import POINTWISE, blocks
-from .launch import launch
+from .launch import grad_pointers, launch
 from .prologues import (
     cdiv,
     load_activation,
@@ -91,12 +91,12 @@ def _conv_grad_kernel(
 
 def conv_grad(grad: ConvGrad) -> Tensor:
     """dy ``[N, C, H, W]`` in channels_last memory."""
-    rows, channels = pixels(grad.g), grad.g.shape[1]
-    out = torch.empty_like(grad.g, memory_format=torch.channels_last)
+    rows, channels = pixels(grad.y), grad.y.shape[1]
+    out = torch.empty_like(grad.y, memory_format=torch.channels_last)
     launch(
         _conv_grad_kernel,
         (blocks(rows, POINTWISE.block_m) * blocks(channels, POINTWISE.block_n),),
-        *grad,
+        *grad_pointers(grad),
         out,
         rows,
         channels,
