@@ -14,14 +14,15 @@ class Arguments {
   Arguments(const char* op, const char* name, const Tensor& matrix)
       : op_(op), first_name_(name), first_(matrix) {
     check_matrix(op, name, matrix);
-    rows = matrix.size(0);
-    channels = matrix.size(1);
+    rows = matrix_rows(matrix);
+    channels = matrix_channels(matrix);
     dtype = matrix.scalar_type();
     acc_dtype = accumulation_dtype(dtype);
   }
 
   const void* matrix(const char* name, const Tensor& t) const {
-    check(name, t, dtype, {rows, channels});
+    check_matrix(op_, name, t, dtype, rows, channels);
+    check_device(name, t);
     return t.const_data_ptr();
   }
 
@@ -47,7 +48,7 @@ class Arguments {
 
   // The output matrix; it may share memory with an input matrix only exactly.
   void* output(const char* name, const Tensor& t, Others inputs) const {
-    check(name, t, dtype, {rows, channels});
+    matrix(name, t);
     check_overlap(op_, name, t, first_name_, first_);
     for (const auto& [input_name, input] : inputs)
       if (input.has_value()) check_overlap(op_, name, t, input_name, *input);
@@ -91,6 +92,10 @@ class Arguments {
   void check(const char* name, const Tensor& t, ScalarType expected,
              std::initializer_list<int64_t> sizes) const {
     check_tensor(op_, name, t, expected, sizes);
+    check_device(name, t);
+  }
+
+  void check_device(const char* name, const Tensor& t) const {
     STD_TORCH_CHECK(t.get_device_index() == first_.get_device_index(), op_, ": expected ", name,
                     " to be on the device of ", first_name_);
   }

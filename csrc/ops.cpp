@@ -1,7 +1,8 @@
 // All schemas of the library; implementations register themselves per device (cpu/passes.cpp,
 // cuda/passes.cpp; coefficients.py and cuda/coefficients.cpp).
 //
-// Matrices are [P, C] (pixels x channels), contiguous, float32, float64, bfloat16 or float16.
+// Matrices are [P, C] (pixels x channels), contiguous, float32, float64, bfloat16 or float16; an
+// [N, C, H, W] tensor in channels_last memory stands for the matrix of its pixels.
 // Vectors are [C] in the accumulation dtype: float64 for float64, float32 for the others.
 // A mask is uint8 [P, ceil(C / 8)]: bit k of byte j belongs to channel 8 j + k, spare bits are 0.
 // relu(v) = v <= 0 ? 0 : v, and an element is live when !(v <= 0): NaN passes and is live.

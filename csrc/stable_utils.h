@@ -89,25 +89,57 @@ inline void check_tensor(const char* op, const char* name, const Tensor& t, Scal
       kOnDevice, ", got ", describe(t));
 }
 
+// Whether t is [N, C, H, W] with the channels of a pixel next to each other, pixels in order.
+inline bool is_channels_last(const Tensor& t) {
+  if (t.dim() != 4) return false;
+  int64_t step = 1;
+  for (const int64_t dim : {1, 3, 2, 0}) {
+    if (t.size(dim) != 1 && t.stride(dim) != step) return false;
+    step *= t.size(dim);
+  }
+  return true;
+}
+
+// A matrix is [P, C], contiguous, or [N, C, H, W] in channels_last memory: its P = N H W pixels.
+inline bool is_matrix(const Tensor& t) {
+  return t.dim() == 2 ? t.is_contiguous() : is_channels_last(t);
+}
+inline int64_t matrix_rows(const Tensor& t) {
+  return t.dim() == 4 ? t.size(0) * t.size(2) * t.size(3) : t.size(0);
+}
+inline int64_t matrix_channels(const Tensor& t) { return t.size(1); }
+
+constexpr const char* kMatrixLayout = ", contiguous (or pixels of a channels_last [N, C, H, W]), ";
+
+// Throws unless t is a matrix of exactly this dtype and these sizes.
+inline void check_matrix(const char* op, const char* name, const Tensor& t, ScalarType dtype,
+                         int64_t rows, int64_t channels) {
+  const bool right = is_on_device(t) && t.scalar_type() == dtype && is_matrix(t);
+  STD_TORCH_CHECK(right && matrix_rows(t) == rows && matrix_channels(t) == channels, op,
+                  ": expected ", name, " to be ", dtype_name(dtype), " ",
+                  shape_name(std::initializer_list<int64_t>{rows, channels}), kMatrixLayout,
+                  kOnDevice, ", got ", describe(t));
+}
+
 inline bool is_supported(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double ||
          dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
-// Throws unless t is a contiguous tensor of a supported dtype with so many dimensions (named in the
-// message by `form`), none of them empty.
-inline void check_dense(const char* op, const char* name, const Tensor& t, int64_t dim,
-                        const char* form) {
-  const bool right = is_on_device(t) && is_supported(t.scalar_type()) && t.dim() == dim;
-  STD_TORCH_CHECK(right && t.is_contiguous(), op, ": expected ", name, " to be ", form,
-                  " of float32, float64, bfloat16 or float16, contiguous, ", kOnDevice, ", got ",
-                  describe(t));
+// Throws unless t is of a supported dtype, not empty, and `right` in its form and layout, which the
+// message names.
+inline void check_dense(const char* op, const char* name, const Tensor& t, bool right,
+                        const char* form, const char* layout) {
+  STD_TORCH_CHECK(right && is_on_device(t) && is_supported(t.scalar_type()), op, ": expected ",
+                  name, " to be ", form, " of float32, float64, bfloat16 or float16", layout,
+                  kOnDevice, ", got ", describe(t));
   STD_TORCH_CHECK(t.numel() > 0, op, ": expected ", name,
                   " to have at least one row and one channel, got ", describe(t));
 }
 
+// Throws unless t is a matrix of a supported dtype.
 inline void check_matrix(const char* op, const char* name, const Tensor& t) {
-  check_dense(op, name, t, 2, "a matrix [P, C]");
+  check_dense(op, name, t, is_matrix(t), "a matrix [P, C]", kMatrixLayout);
 }
 
 inline bool are_disjoint(const Tensor& a, const Tensor& b) {

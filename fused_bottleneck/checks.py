@@ -24,6 +24,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def pair(name: str, value: int | Pair) -> Pair:
     """An int or a pair of ints, numpy's included, as a pair; TypeError otherwise."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value  # what nn.Conv2d has: every call of a module comes here many times
     both: Any = (value, value) if hasattr(value, "__index__") else value
     if len(both) == 2 and all(hasattr(v, "__index__") for v in both):
         return index(both[0]), index(both[1])

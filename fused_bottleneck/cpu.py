@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import extension
-from .operands import POINTWISE, Activation, Geometry, MaskedGrad, Normalised, matrix, pixels
+from .operands import POINTWISE, Activation, Geometry, MaskedGrad, Normalised, pixels
 from .pass_stages import PassStages, TailSource, input_grad, pointwise
 from .scratch import Lease, result_empty
 from .stages import ConvTerm, FoldedTerm, InputTerm, conv2d, conv2d_backward, output_dtype
@@ -99,7 +99,7 @@ class CpuStages(PassStages):
         g, d = self._widened(g, "g"), self._widened(d, "d")
         if extension.has_products() and products_fit(g.shape[1], d.shape[1]):
             size = _passes.product_workspace(pixels(g), g.shape[1], d.shape[1])
-            return _passes.transposed_product(matrix(g), matrix(d), self._lend(size))
+            return _passes.transposed_product(g, d, self._lend(size))
         like = g.new_empty(g.shape[1], d.shape[1], 1, 1)
         return conv2d_backward(g, d, like, POINTWISE, (False, True))[1].flatten(1)
 

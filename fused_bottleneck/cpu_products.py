@@ -24,7 +24,6 @@ from .operands import (
     ConvGrad,
     Geometry,
     MaskedGrad,
-    matrix,
     pixels,
     strided,
 )
@@ -44,6 +43,7 @@ from .stages import (
 _passes = torch.ops.fused_bottleneck
 
 _LARGE_MATRIX = 2**16  # elements
+_WINOGRAD_GEOMETRIES = (Geometry((1, 1), (1, 1)), Geometry((2, 2), (1, 1)))
 Prologue = tuple[Tensor | None, ...]  # none, or mean, scale and beta of a normalisation and ReLU
 
 
@@ -55,10 +55,8 @@ def _is_product(weight: Tensor, geometry: Geometry) -> bool:
 
 def _is_winograd(weight: Tensor, geometry: Geometry) -> bool:
     """Whether a convolution is one that Winograd's way can take."""
-    plain = Geometry(geometry.stride, (1, 1))
-    strides = geometry.stride in ((1, 1), (2, 2))
-    fits = products_fit(*weight.shape[:2])
-    return weight.shape[2:] == (3, 3) and geometry == plain and strides and fits
+    fits = weight.shape[2:] == (3, 3) and products_fit(*weight.shape[:2])
+    return fits and geometry in _WINOGRAD_GEOMETRIES
 
 
 def _nhwc(t: Tensor) -> Tensor:
@@ -110,7 +108,7 @@ class CpuProductStages(CpuStages):
             return super().conv(source, weight, geometry)
         operand, out = self._product_operands(source, weight, geometry)
         workspace = self._workspace(operand, weight.shape[0])
-        _passes.product_(matrix(operand), weight.flatten(1).t(), matrix(out), workspace)
+        _passes.product_(operand, weight.flatten(1).t(), out, workspace)
         return out
 
     def conv_forward(
@@ -128,9 +126,7 @@ class CpuProductStages(CpuStages):
             return super().conv_forward(source, weight, geometry)
         operand, out = self._product_operands(source, weight, geometry)
         workspace = self._workspace(operand, weight.shape[0])
-        mean, m2 = _passes.product_moments_(
-            matrix(operand), weight.flatten(1).t(), matrix(out), workspace
-        )
+        mean, m2 = _passes.product_moments_(operand, weight.flatten(1).t(), out, workspace)
         return out, Moments(mean, m2 / pixels(out))
 
     def _on_load(self, source: Tensor | Activation) -> tuple[Tensor, Prologue]:
@@ -175,7 +171,7 @@ class CpuProductStages(CpuStages):
     def _covariance(
         self, d: Tensor, gram: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        return covariance(*gram(matrix(d), self._workspace(d, d.shape[1])), pixels(d))
+        return covariance(*gram(d, self._workspace(d, d.shape[1])), pixels(d))
 
     def fold(
         self,
@@ -217,13 +213,13 @@ class CpuProductStages(CpuStages):
         for source in (first, second):
             if isinstance(source, FoldedTerm) and products_fit(*source.folded.weight.shape):
                 operands.append(self._operand(source.operand)[i:j])
-                terms += [matrix(operands[-1]), source.folded.weight.t()]
+                terms += [operands[-1], source.folded.weight.t()]
             else:
-                residual = matrix(self._value_chunk(source, i, j))
+                residual = self._value_chunk(source, i, j)
                 terms += [None, None]
         depth = sum(operand.shape[1] for operand in operands)
         size = _passes.product_workspace(pixels(out), depth, out.shape[1])
-        _passes.product_residual_relu_(*terms, shift, residual, matrix(out), mask, self._lend(size))
+        _passes.product_residual_relu_(*terms, shift, residual, out, mask, self._lend(size))
 
     # Backward.
 
@@ -237,9 +233,7 @@ class CpuProductStages(CpuStages):
             d = self._operand(operand)
             kept = self._products[operand_key(operand)] = self._scratch(d)
             workspace = self._workspace(d, a.shape[0])
-            sum_g, s = _passes.masked_products_(
-                matrix(grad.grad_out), grad.mask, matrix(d), a, matrix(kept), workspace
-            )
+            sum_g, s = _passes.masked_products_(grad.grad_out, grad.mask, d, a, kept, workspace)
             products.append(s)
         return sum_g, products
 
@@ -265,16 +259,16 @@ class CpuProductStages(CpuStages):
         """``g = (a weight + addend + shift) * [act > 0]`` and its two sums."""
         g = self._scratch(act.y)
         sums = _passes.product_bn_backward_reduce_(
-            matrix(a),
+            a,
             weight,
-            None if addend is None else matrix(addend),
+            addend,
             shift,
-            matrix(act.y),
+            act.y,
             act.mean,
             invstd,
             act.scale,
             act.beta,
-            matrix(g),
+            g,
             self._workspace(a, weight.shape[1]),
         )
         return g, GradSums(*sums)
@@ -303,7 +297,7 @@ class CpuProductStages(CpuStages):
             return super().conv_wgrad(grad, source, weight, geometry)
         dy, operand = self._conv_grad(grad), self._seen(source, geometry)
         workspace = self._workspace(dy, operand.shape[1])
-        return _passes.transposed_product(matrix(dy), matrix(operand), workspace).view_as(weight)
+        return _passes.transposed_product(dy, operand, workspace).view_as(weight)
 
     def _takes_winograd(self, grad: ConvGrad, weight: Tensor, geometry: Geometry) -> bool:
         """Whether a gradient does; of batch statistics only, as its convolution."""
@@ -323,13 +317,12 @@ class CpuProductStages(CpuStages):
     ) -> None:
         if not _is_product(conv.weight, conv.geometry) or conv.geometry.stride != (1, 1):
             return super()._conv_input_grad_into(conv, identity, grad_x)
-        dy, weight, out = self._conv_grad(conv.grad), conv.weight.flatten(1), matrix(grad_x)
-        workspace = self._workspace(dy, out.shape[1])
+        dy, weight = self._conv_grad(conv.grad), conv.weight.flatten(1)
+        workspace = self._workspace(dy, grad_x.shape[1])
         if identity is None:
-            _passes.product_(matrix(dy), weight, out, workspace)
+            _passes.product_(dy, weight, grad_x, workspace)
         else:
-            grad_out = matrix(identity.grad_out)
-            _passes.product_masked_add_(matrix(dy), weight, grad_out, identity.mask, out, workspace)
+            _passes.product_masked_add_(dy, weight, *identity, grad_x, workspace)
 
     def _add_conv_input_grad(self, grad_x: Tensor, conv: ConvTerm) -> None:
         if not _is_product(conv.weight, conv.geometry):
@@ -337,7 +330,7 @@ class CpuProductStages(CpuStages):
         target = strided(grad_x, conv.geometry.stride)
         dy, weight = self._conv_grad(conv.grad), conv.weight.flatten(1)
         value = self._scratch(target)
-        _passes.product_(matrix(dy), weight, matrix(value), self._workspace(dy, weight.shape[1]))
+        _passes.product_(dy, weight, value, self._workspace(dy, weight.shape[1]))
         target.add_(value)
 
     def _add_folded_input_grad(self, grad_x: Tensor, term: InputTerm) -> None:
@@ -347,7 +340,5 @@ class CpuProductStages(CpuStages):
         d, product = self._operand(operand), self._products[operand_key(operand)]
         value = self._scratch(d)
         workspace = self._workspace(d, d.shape[1])
-        _passes.product_add_(
-            matrix(d), coefficients.b, matrix(product), coefficients.shift, matrix(value), workspace
-        )
+        _passes.product_add_(d, coefficients.b, product, coefficients.shift, value, workspace)
         operand._replace(x=grad_x).view().add_(value)

@@ -65,7 +65,12 @@ def reason() -> str:
 
 def has_products() -> bool:
     """Whether the library is there and has fused 1x1 products for this CPU."""
-    return loaded() and torch.ops.fused_bottleneck.has_products()
+    return loaded() and _has_products()
+
+
+@cache  # the instruction set is chosen once
+def _has_products() -> bool:
+    return torch.ops.fused_bottleneck.has_products()
 
 
 @cache

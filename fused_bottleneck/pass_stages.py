@@ -54,7 +54,7 @@ def operand_key(operand: Operand | ConvGrad) -> tuple[str, int]:
 def _bn_apply(act: Activation, out: Tensor) -> None:
     """The activation into out."""
     y, mean, scale, beta, centre = act
-    _passes.bn_apply_(matrix(y), mean, scale, beta, centre, True, matrix(out))
+    _passes.bn_apply_(y, mean, scale, beta, centre, True, out)
 
 
 def input_grad(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -138,16 +138,15 @@ class PassStages(Stages):
         if key not in self._materialised:
             g, y, *coefficients = grad
             if isinstance(g, Tensor):
-                _passes.bn_backward_(matrix(g), matrix(y), *coefficients, matrix(g))
+                _passes.bn_backward_(g, y, *coefficients, g)
                 self._materialised[key] = g
             else:
-                grad_out, mask = matrix(g.grad_out), g.mask
-                _passes.masked_bn_backward_(grad_out, mask, matrix(y), *coefficients, matrix(y))
+                _passes.masked_bn_backward_(*g, y, *coefficients, y)
                 self._materialised[key] = y
         return self._materialised[key]
 
     def _moments(self, y: Tensor) -> Moments:
-        mean, m2 = _passes.channel_moments(matrix(y))
+        mean, m2 = _passes.channel_moments(y)
         return Moments(mean, m2 / pixels(y))
 
     # Forward.
@@ -170,7 +169,7 @@ class PassStages(Stages):
         first, second = sources
         if isinstance(second, Normalised):
             y, mean, scale, beta = second
-            _passes.bn_apply_(matrix(y), mean, scale, beta, None, False, matrix(y))
+            _passes.bn_apply_(y, mean, scale, beta, None, False, y)
             second = y
         return first, second
 
@@ -196,7 +195,7 @@ class PassStages(Stages):
             y, mean, scale = first[:3]
         else:
             y, mean, scale = first, None, None
-        _passes.residual_relu_(matrix(y), mean, scale, shift, matrix(second), matrix(out), mask)
+        _passes.residual_relu_(y, mean, scale, shift, second, out, mask)
 
     # Backward.
 
@@ -231,7 +230,7 @@ class PassStages(Stages):
         """g of images i to j, in the buffer, and its column sums."""
         size = grad.grad_out.shape[2] * grad.grad_out.shape[3]
         rows = grad.mask[i * size : j * size]
-        return buffer, _passes.mask_grad_(matrix(grad.grad_out[i:j]), rows, matrix(buffer))
+        return buffer, _passes.mask_grad_(grad.grad_out[i:j], rows, buffer)
 
     def _operand_grad_chunks(
         self, operand: Operand, grad: OperandGrad
@@ -254,15 +253,15 @@ class PassStages(Stages):
     ) -> GradSums:
         """``out = (grad + addend + shift) * [a > 0]`` and its two sums."""
         sums = _passes.bn_backward_reduce_(
-            matrix(grad),
-            None if addend is None else matrix(addend),
+            grad,
+            addend,
             shift,
-            matrix(act.y),
+            act.y,
             act.mean,
             invstd,
             act.scale,
             act.beta,
-            matrix(out),
+            out,
         )
         return GradSums(*sums)
 
@@ -273,9 +272,7 @@ class PassStages(Stages):
         return g, self._reduce(self.channels_last(grad_out), None, None, act, invstd, g)
 
     def masked_reduce(self, grad: MaskedGrad, y: Tensor, mean: Tensor, invstd: Tensor) -> GradSums:
-        grad_out = matrix(grad.grad_out)
-        sums = _passes.masked_bn_backward_reduce(grad_out, grad.mask, matrix(y), mean, invstd)
-        return GradSums(*sums)
+        return GradSums(*_passes.masked_bn_backward_reduce(*grad, y, mean, invstd))
 
     def tail_dgrad(
         self, grad: MaskedGrad, act: Activation, coefficients: OperandGrad, invstd: Tensor
@@ -308,7 +305,7 @@ class PassStages(Stages):
         """``out = value + g`` for images i to j."""
         size = value.shape[2] * value.shape[3]
         rows = grad.mask[i * size : j * size]
-        _passes.masked_add_(matrix(value), matrix(grad.grad_out[i:j]), rows, matrix(out))
+        _passes.masked_add_(value, grad.grad_out[i:j], rows, out)
 
     def _add_conv_input_grad(self, grad_x: Tensor, conv: ConvTerm) -> None:
         """``grad_x += conv^T(dy)``."""

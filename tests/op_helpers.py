@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,3 +60,14 @@ def run_child(code: str, *args: str, **environment: str) -> subprocess.Completed
         text=True,
         check=False,
     )
+
+
+def as_images(args: dict[str, Any], *others: str) -> dict[str, Any]:
+    """Arguments with 70 rows, those of their matrices that are no mask or one of the others as the
+    pixels of two 5 x 7 images, in the same memory."""
+    return {
+        name: value.view(2, 5, 7, -1).permute(0, 3, 1, 2)
+        if isinstance(value, Tensor) and value.dim() == 2 and name not in ("mask", *others)
+        else value
+        for name, value in args.items()
+    }

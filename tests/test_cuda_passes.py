@@ -71,6 +71,12 @@ def test_output_may_be_an_input(case: str, dtype: torch.dtype) -> None:
     test_passes.test_output_may_be_an_input(case, dtype)
 
 
+@over_cases
+@pytest.mark.usefixtures("ops")
+def test_a_matrix_may_be_the_pixels_of_images(case: str) -> None:
+    test_passes.test_a_matrix_may_be_the_pixels_of_images(case)
+
+
 @over_dtypes
 @pytest.mark.parametrize("case", [case for case in CASES if case != "channel_moments"])
 @pytest.mark.usefixtures("ops")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_helpers import LEVELS, assert_fence, fenced, pack, run_child, unpack
+from op_helpers import LEVELS, as_images, assert_fence, fenced, pack, run_child, unpack
 from torch import Tensor
 
 from fused_bottleneck import extension
@@ -275,6 +275,32 @@ def test_output_may_be_an_input(case: str, dtype: torch.dtype) -> None:
         assert torch.equal(args[output], expected[output])
         if isinstance(result, Tensor):
             assert torch.equal(result, expected["sum_g"])
+
+
+@over_cases
+def test_a_matrix_may_be_the_pixels_of_images(case: str) -> None:
+    op = CASES[case][0]
+    args = arguments(case, torch.float32, (70, 37))
+    expected = call(case, args)
+    result = getattr(passes, op)(**as_images(args))
+    returned = (result,) if isinstance(result, Tensor) else (result or ())
+    got = {name: args[name] for name in WRITES[op]}
+    got |= dict(zip(RETURNS.get(op, []), returned, strict=True))
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+@over_cases
+def test_contiguous_images_are_an_error(case: str) -> None:
+    args = as_images(arguments(case, torch.float32, (70, 37)))
+    for name, value in args.items():
+        if isinstance(value, Tensor) and value.dim() == 4:
+            wrong = args | {name: value.contiguous()}
+            with pytest.raises(
+                RuntimeError, match=rf"expected {name} .*channels_last.*2, 37, 5, 7"
+            ):
+                getattr(passes, CASES[case][0])(**wrong)
 
 
 def test_forward_relu_and_backward_gate_are_the_same_bits() -> None:

@@ -15,7 +15,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_criterion, relative_error
-from op_helpers import LEVELS, assert_fence, fenced, pack, run_child, unpack, unwritten
+from op_helpers import (
+    LEVELS,
+    as_images,
+    assert_fence,
+    fenced,
+    pack,
+    run_child,
+    unpack,
+    unwritten,
+)
 from test_passes import assert_moments
 from tolerances import SAME_FORMULA
 from torch import Tensor
@@ -265,6 +274,19 @@ def test_weight_of_any_strides(case: str, layout: str) -> None:
             outputs = call(case, args)
             expected = call(case, args | {name: args[name].contiguous()})
             assert all(torch.equal(outputs[n], t) for n, t in expected.items())
+
+
+@over_cases
+def test_a_matrix_may_be_the_pixels_of_images(case: str) -> None:
+    op = CASES[case][0]
+    args = arguments(case, (70, 48, 80))
+    expected = call(case, args)
+    result = getattr(ops, op)(**as_images(args, "weight", "weight2"))
+    returned = (result,) if isinstance(result, Tensor) else (result or ())
+    got = {name: args[name] for name in expected if name in args}
+    got |= dict(zip(RETURNS.get(op, []), returned, strict=True))
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
 
 
 @over_cases

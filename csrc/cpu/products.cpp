@@ -86,11 +86,11 @@ int64_t workspace_bytes(int64_t rows, int64_t depth, int64_t channels) {
 
 // A float32 matrix [rows, channels] whose channels the panels can hold.
 const float* product_matrix(const char* op, const char* name, const Tensor& t, int64_t rows) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 2 &&
-                      t.is_contiguous() && t.numel() > 0 && t.size(0) == rows &&
-                      t.size(1) % kChannelMultiple == 0,
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && is_matrix(t) &&
+                      t.numel() > 0 && matrix_rows(t) == rows &&
+                      matrix_channels(t) % kChannelMultiple == 0,
                   op, ": expected ", name, " to be float32 [", rows, ", C], C a multiple of ",
-                  kChannelMultiple, ", contiguous, on the CPU, got ", describe(t));
+                  kChannelMultiple, kMatrixLayout, "on the CPU, got ", describe(t));
   return static_cast<const float*>(t.const_data_ptr());
 }
 
@@ -132,14 +132,14 @@ void pack(const PackWeight& weight) {
 class Product {
  public:
   Product(const char* op, const Tensor& a, const Tensor& weight)
-      : op_(op), rows(a.size(0)), channels(product_channels(op, "weight", weight)) {
+      : op_(op), rows(matrix_rows(a)), channels(product_channels(op, "weight", weight)) {
     add("a", a, "weight", weight);
   }
 
   void add(const char* name, const Tensor& a, const char* weight_name, const Tensor& weight) {
-    sources_.push_back({product_matrix(op_, name, a, rows), a.size(1)});
-    weights_.push_back(product_weight(op_, weight_name, weight, a.size(1), channels));
-    depth_ += a.size(1);
+    sources_.push_back({product_matrix(op_, name, a, rows), matrix_channels(a)});
+    weights_.push_back(product_weight(op_, weight_name, weight, matrix_channels(a), channels));
+    depth_ += matrix_channels(a);
   }
 
   // What an epilogue reads of its rows besides the values: fetched while they are computed.
@@ -231,7 +231,7 @@ const float* row_of(const void* matrix, int64_t row, int64_t channels) {
 
 void product_(const Tensor& a, const Tensor& weight, const Tensor& out, const Tensor& workspace) {
   Product product("product_", a, weight);
-  check_tensor("product_", "out", out, ScalarType::Float, {product.rows, product.channels});
+  check_matrix("product_", "out", out, ScalarType::Float, product.rows, product.channels);
   check_disjoint("product_", "out", out, "a", a);
   float* to = static_cast<float*>(out.mutable_data_ptr());
   product.run(product.blocks(), workspace, [&](const Block& block, const float* values) {
@@ -244,7 +244,7 @@ void product_add_(const Tensor& a, const Tensor& weight, const Tensor& addend,
   constexpr const char* op = "product_add_";
   Product product(op, a, weight);
   Arguments args(op, "addend", addend);
-  check_tensor(op, "addend", addend, ScalarType::Float, {product.rows, product.channels});
+  check_matrix(op, "addend", addend, ScalarType::Float, product.rows, product.channels);
   const auto* added = static_cast<const float*>(addend.const_data_ptr());
   const auto* shifts = static_cast<const float*>(args.vector_or(0, "shift", shift));
   auto* to = static_cast<float*>(args.output("out", out, {{"a", a}}));
@@ -262,7 +262,7 @@ std::tuple<Tensor, Tensor> product_moments_(const Tensor& a, const Tensor& weigh
                                             const Tensor& out, const Tensor& workspace) {
   Product product("product_moments_", a, weight);
   const Arguments args("product_moments_", "out", out);
-  check_tensor("product_moments_", "out", out, ScalarType::Float, {product.rows, product.channels});
+  check_matrix("product_moments_", "out", out, ScalarType::Float, product.rows, product.channels);
   check_disjoint("product_moments_", "out", out, "a", a);
   float* to = static_cast<float*>(out.mutable_data_ptr());
   const Kernels& kernels = row_kernels();
@@ -294,7 +294,7 @@ void product_residual_relu_(const Tensor& a, const Tensor& weight, const Optiona
   Arguments args(op, "out", out);
   args.together("a2", a2, "weight2", weight2);
   if (a2.has_value()) product.add("a2", *a2, "weight2", *weight2);
-  check_tensor(op, "out", out, ScalarType::Float, {product.rows, product.channels});
+  check_matrix(op, "out", out, ScalarType::Float, product.rows, product.channels);
   const ResidualRelu whole{product.channels,
                            nullptr,
                            args.vector_or(0, "mean", std::nullopt),
@@ -322,7 +322,7 @@ void product_masked_add_(const Tensor& a, const Tensor& weight, const Tensor& gr
   constexpr const char* op = "product_masked_add_";
   Product product(op, a, weight);
   const Arguments args(op, "out", out);
-  check_tensor(op, "out", out, ScalarType::Float, {product.rows, product.channels});
+  check_matrix(op, "out", out, ScalarType::Float, product.rows, product.channels);
   const MaskedAdd whole{product.channels,
                         nullptr,
                         args.matrix("grad_out", grad_out),
@@ -349,7 +349,7 @@ std::tuple<Tensor, Tensor> product_bn_backward_reduce_(
   constexpr const char* op = "product_bn_backward_reduce_";
   Product product(op, a, weight);
   Arguments args(op, "y", y);
-  check_tensor(op, "y", y, ScalarType::Float, {product.rows, product.channels});
+  check_matrix(op, "y", y, ScalarType::Float, product.rows, product.channels);
   const BnBackwardReduce whole{product.channels,
                                nullptr,
                                args.matrix("addend", addend),
@@ -486,12 +486,13 @@ class PixelProduct {
 Tensor transposed_product(const Tensor& a, const Tensor& b, const Tensor& lent) {
   constexpr const char* op = "transposed_product";
   check_matrix(op, "a", a);
-  const float* sources[] = {product_matrix(op, "a", a, a.size(0)),
-                            product_matrix(op, "b", b, a.size(0))};
-  const bool swapped = a.size(1) < b.size(1);  // the narrower one on the right
-  const int64_t wide = std::max(a.size(1), b.size(1)), narrow = std::min(a.size(1), b.size(1));
-  PixelProduct product(a.size(0), wide, narrow, Split::of(wide * narrow));
-  Workspace workspace(op, lent, workspace_bytes(a.size(0), wide, narrow));
+  const int64_t rows = matrix_rows(a);
+  const float* sources[] = {product_matrix(op, "a", a, rows), product_matrix(op, "b", b, rows)};
+  const int64_t sizes[] = {matrix_channels(a), matrix_channels(b)};
+  const bool swapped = sizes[0] < sizes[1];  // the narrower one on the right
+  const int64_t wide = sizes[swapped], narrow = sizes[!swapped];
+  PixelProduct product(rows, wide, narrow, Split::of(wide * narrow));
+  Workspace workspace(op, lent, workspace_bytes(rows, wide, narrow));
   product.take(workspace);
   const ProductKernels& kernels = kernels_in_use();
   const float *from_wide = sources[swapped], *from_narrow = sources[!swapped];
@@ -509,11 +510,11 @@ Tensor transposed_product(const Tensor& a, const Tensor& b, const Tensor& lent) 
 std::tuple<Tensor, Tensor> symmetric_product(const char* op, const Tensor& d, const Tensor& lent,
                                              bool in_double) {
   check_matrix(op, "d", d);
-  const float* source = product_matrix(op, "d", d, d.size(0));
-  const int64_t channels = d.size(1);
+  const int64_t rows = matrix_rows(d), channels = matrix_channels(d);
+  const float* source = product_matrix(op, "d", d, rows);
   const Split split = Split::by_rows(channels * channels);
-  PixelProduct product(d.size(0), channels, channels, split, true, in_double);
-  Workspace workspace(op, lent, workspace_bytes(d.size(0), channels, channels));
+  PixelProduct product(rows, channels, channels, split, true, in_double);
+  Workspace workspace(op, lent, workspace_bytes(rows, channels, channels));
   product.take(workspace);
   const int64_t threads = product.blocks.threads;
   const Partials sums(threads, channels);
@@ -547,11 +548,11 @@ std::tuple<Tensor, Tensor> masked_products_(const Tensor& grad_out, const Tensor
                                             const Tensor& out, const Tensor& lent) {
   constexpr const char* op = "masked_products_";
   const Arguments args(op, "grad_out", grad_out);
-  const float* source = product_matrix(op, "grad_out", grad_out, grad_out.size(0));
+  const float* source = product_matrix(op, "grad_out", grad_out, args.rows);
   const uint8_t* bits = args.mask(mask);
   const float* from_d = product_matrix(op, "d", d, args.rows);
-  const int64_t wide = args.channels, narrow = d.size(1), mask_stride = (wide + 7) / 8;
-  check_tensor(op, "out", out, ScalarType::Float, {args.rows, narrow});
+  const int64_t wide = args.channels, narrow = matrix_channels(d), mask_stride = (wide + 7) / 8;
+  check_matrix(op, "out", out, ScalarType::Float, args.rows, narrow);
   check_disjoint(op, "out", out, "grad_out", grad_out);
   check_disjoint(op, "out", out, "d", d);
   float* to = static_cast<float*>(out.mutable_data_ptr());

@@ -89,7 +89,8 @@ void transpose(const T* x, T* out, int64_t batch, int64_t rows, int64_t columns)
 }
 
 void transpose_(const Tensor& x, const Tensor& out) {
-  check_dense("transpose_", "x", x, 3, "matrices [B, R, C]");
+  check_dense("transpose_", "x", x, x.dim() == 3 && x.is_contiguous(), "matrices [B, R, C]",
+              ", contiguous, ");
   const int64_t batch = x.size(0), rows = x.size(1), columns = x.size(2);
   check_tensor("transpose_", "out", out, x.scalar_type(), {batch, columns, rows});
   check_disjoint("transpose_", "out", out, "x", x);
