@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from benchmarks import options, records, tables
@@ -23,11 +23,11 @@ from benchmarks.checked import agreeing_cases
 from benchmarks.harness import measure, timer_for
 from benchmarks.options import DTYPES
 from benchmarks.peers import DEFAULT_PEERS, PEERS, build_peers
-from benchmarks.processes import Calls, Process, measure_processes
+from benchmarks.processes import GENERATIONS, Calls, Process, measure_processes
 from benchmarks.roofline import measure_peaks
 from benchmarks.shapes import NETWORKS, SHAPES, BlockShape
 
-WARMUP_ROUNDS = 2
+WARMUP_ROUNDS = 1
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -79,13 +79,14 @@ def in_one_process(cases: Mapping[str, Case], args: argparse.Namespace) -> tuple
 def in_processes(
     names: Iterable[str], shape: BlockShape, args: argparse.Namespace
 ) -> tuple[Timings, Timings]:
-    """The same, each variant in a process of its own; with page faults."""
-    with ExitStack() as stack:
-        processes = {
-            name: stack.enter_context(Process(build_calls, name, shape, args)) for name in names
-        }
-        forward = measure_processes(processes, "forward", args.rounds, WARMUP_ROUNDS)
-        return forward, measure_processes(processes, "step", args.rounds, WARMUP_ROUNDS)
+    """The same, each variant in processes of its own; with page faults."""
+    starts = {name: partial(Process, build_calls, name, shape, args) for name in names}
+    found = measure_processes(starts, ["forward", "step"], args.rounds, WARMUP_ROUNDS)
+    forward, step = (
+        {name: measured.calls[call] for name, measured in found.items()}
+        for call in ("forward", "step")
+    )
+    return forward, step
 
 
 def build_calls(name: str, shape: BlockShape, args: argparse.Namespace) -> Calls:
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> records.Run:
         "batch": args.batch,
         "bias": args.bias,
         "rounds": args.rounds,
-        "processes": args.processes,
+        "processes": GENERATIONS if args.processes else 0,
     }
     extra = {"peaks": dataclasses.asdict(peaks)}
     return options.collect("block", args, args.shapes, measure_shape, settings, **extra)

@@ -17,20 +17,20 @@ import dataclasses
 import gc
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks import memory, options, records, resnet_report
 from benchmarks.harness import measure, timer_for
-from benchmarks.networks import CLASSES, GraphedStep, TrainingStep
+from benchmarks.networks import CLASSES, GraphedStep, ResNet, TrainingStep
 from benchmarks.options import DTYPES, Refused
 from benchmarks.peers import first_line
-from benchmarks.processes import Calls, Process, measure_processes
+from benchmarks.processes import GENERATIONS, Calls, Process, measure_processes
 from benchmarks.shapes import NETWORKS
-from fused_bottleneck import Bottleneck, FusedBottleneck
+from fused_bottleneck import Bottleneck, ConvBNReLU, FusedBottleneck, FusedConvBNReLU
 
 # Largest relative difference of the first loss, and of how far two updates bring it down, each of
 # which is a sum over all squared gradients. The plain network in channels_last differs from itself
@@ -45,7 +45,15 @@ TRAINED_IN = [str(dtype).removeprefix("torch.") for dtype in LOSS_BOUNDS]
 BASELINE = "reference contiguous"
 WARMUP_ROUNDS = 1
 Step = Callable[[], Tensor]
-Variant = tuple[type[Bottleneck], str, Callable[[TrainingStep], Step]]
+
+
+class Variant(NamedTuple):
+    """A network's blocks and stem, its layout, and what becomes of its training step."""
+
+    block: type[Bottleneck]
+    stem: type[ConvBNReLU]
+    layout: str
+    wrap: Callable[[TrainingStep], Step]
 
 
 def _as_it_is(step: TrainingStep) -> Step:
@@ -61,17 +69,26 @@ def _compiled(mode: str) -> Callable[[TrainingStep], Step]:
     return compiled
 
 
+def _plain(layout: str, wrap: Callable[[TrainingStep], Step] = _as_it_is) -> Variant:
+    return Variant(Bottleneck, ConvBNReLU, layout, wrap)
+
+
+def _fused(wrap: Callable[[TrainingStep], Step] = _as_it_is) -> Variant:
+    return Variant(FusedBottleneck, ConvBNReLU, "channels_last", wrap)
+
+
 VARIANTS: dict[str, Variant] = {
-    BASELINE: (Bottleneck, "contiguous", _as_it_is),
-    "reference channels_last": (Bottleneck, "channels_last", _as_it_is),
-    "fused channels_last": (FusedBottleneck, "channels_last", _as_it_is),
-    "compile": (Bottleneck, "channels_last", _compiled("default")),
-    "compile max-autotune": (Bottleneck, "channels_last", _compiled("max-autotune")),
-    "reference graph": (Bottleneck, "channels_last", GraphedStep),
-    "fused compile": (FusedBottleneck, "channels_last", _compiled("default")),
-    "fused graph": (FusedBottleneck, "channels_last", GraphedStep),
+    BASELINE: _plain("contiguous"),
+    "reference channels_last": _plain("channels_last"),
+    "fused channels_last": _fused(),
+    "fused, stem too": _fused()._replace(stem=FusedConvBNReLU),
+    "compile": _plain("channels_last", _compiled("default")),
+    "compile max-autotune": _plain("channels_last", _compiled("max-autotune")),
+    "reference graph": _plain("channels_last", GraphedStep),
+    "fused compile": _fused(_compiled("default")),
+    "fused graph": _fused(GraphedStep),
 }
-EAGER = [BASELINE, "reference channels_last", "fused channels_last"]
+EAGER = [BASELINE, "reference channels_last", "fused channels_last", "fused, stem too"]
 MANDATORY = [BASELINE, "fused channels_last"]
 
 
@@ -116,15 +133,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def make_step(name: str, args: argparse.Namespace, batch: int) -> tuple[TrainingStep, Step]:
     """The training step of a variant on the same images and labels as all others."""
-    block, layout, wrap = VARIANTS[name]
+    variant = VARIANTS[name]
+    torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, args.size, args.size, generator=generator)
     labels = torch.randint(CLASSES, (batch,), generator=generator)
     dtype = DTYPES[args.dtype]
-    training = TrainingStep(
-        block, args.network, layout, images.to(args.device), labels.to(args.device), dtype
-    )
-    return training, wrap(training)
+    network = ResNet(variant.block, args.network, variant.stem)
+    images, labels = images.to(args.device), labels.to(args.device)
+    training = TrainingStep(network, variant.layout, images, labels, dtype)
+    return training, variant.wrap(training)
 
 
 def loss_problem(
@@ -181,16 +199,13 @@ def build_calls(name: str, args: argparse.Namespace, batch: int) -> Calls:
 def in_processes(
     names: Iterable[str], args: argparse.Namespace, batch: int
 ) -> dict[str, dict[str, float]]:
-    """Times, page faults and the most resident memory, each variant in a process of its own."""
-    with ExitStack() as stack:
-        processes = {
-            name: stack.enter_context(Process(build_calls, name, args, batch)) for name in names
-        }
-        found = measure_processes(processes, "step", args.rounds, WARMUP_ROUNDS)
-        return {
-            name: found[name] | {"resident_bytes": process.resident_bytes()}
-            for name, process in processes.items()
-        }
+    """Times, page faults and the most resident memory, each variant in processes of its own."""
+    starts = {name: partial(Process, build_calls, name, args, batch) for name in names}
+    found = measure_processes(starts, ["step"], args.rounds, WARMUP_ROUNDS)
+    return {
+        name: measured.calls["step"] | {"resident_bytes": measured.resident_bytes}
+        for name, measured in found.items()
+    }
 
 
 def in_one_process(
@@ -238,7 +253,7 @@ def run(args: argparse.Namespace) -> records.Run:
         "network": args.network,
         "size": args.size,
         "rounds": args.rounds,
-        "processes": args.processes,
+        "processes": GENERATIONS if args.processes else 0,
     }
     return options.collect("network", args, args.batch, measure_batch, settings)
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from benchmarks.cases import MEMORY_FORMATS, new_block
 from benchmarks.shapes import NETWORKS
-from fused_bottleneck import Bottleneck, FusedBottleneck
+from fused_bottleneck import Bottleneck, ConvBNReLU
+from fused_bottleneck.fused_module import FusedModule
 
 CLASSES = 1000
 # Branches start small, as usual (Goyal et al. 2017 start them at zero). With branches of full size
@@ -26,15 +27,17 @@ class ResNet(nn.Module):
     Args:
         block: the class of its blocks.
         name: one of ``NETWORKS``.
+        stem: the class of its first unit.
 
     Shapes: images ``[N, 3, H, W]`` to logits ``[N, 1000]``.
     """
 
-    def __init__(self, block: type[Bottleneck], name: str) -> None:
+    def __init__(
+        self, block: type[Bottleneck], name: str, stem: type[ConvBNReLU] = ConvBNReLU
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.relu = nn.ReLU(inplace=True)
+        self.stem = stem(3, 64, 7, 2, 3, bias=False)
+        self.stem.relu.inplace = True  # as users have it
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         shapes = NETWORKS[name]
         self.blocks = nn.Sequential(
@@ -45,7 +48,7 @@ class ResNet(nn.Module):
             nn.init.constant_(norm.weight, RESIDUAL_SCALE)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(self.stem(images))
         return self.fc(self.blocks(x).mean((2, 3)))
 
 
@@ -57,17 +60,14 @@ class TrainingStep:
 
     def __init__(
         self,
-        block: type[Bottleneck],
-        name: str,
+        model: ResNet,
         layout: str,
         images: Tensor,
         labels: Tensor,
         dtype: torch.dtype,
     ) -> None:
-        torch.manual_seed(0)
-        device = images.device
         memory_format: Any = MEMORY_FORMATS[layout]
-        self.model = ResNet(block, name).to(device)
+        self.model = model.to(images.device)
         # torch's annotations of Module.to leave memory_format out.
         self.model.to(memory_format=memory_format)  # type: ignore[call-overload]
         self.images = images.contiguous(memory_format=memory_format)
@@ -90,20 +90,20 @@ class TrainingStep:
 
     @torch.no_grad()
     def composed_reasons(self) -> list[str]:
-        """Why blocks would run composed, one line each; empty if all fused blocks run fused.
+        """Why fused modules would run composed, one line each; empty if all run fused.
 
         In eval, so that no running statistics change; what decides is the same but for them.
         """
         reasons: list[str] = []
 
         def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            assert isinstance(module, FusedBottleneck)
+            assert isinstance(module, FusedModule)
             reason = module.why_not_fused(inputs[0])
             if reason is not None:
-                reasons.append(f"a block would run unfused: {reason}")
+                reasons.append(f"a {type(module).__name__} would run unfused: {reason}")
 
-        fused = [block for block in self.model.blocks if isinstance(block, FusedBottleneck)]
-        handles = [block.register_forward_pre_hook(note) for block in fused]
+        fused = [module for module in self.model.modules() if isinstance(module, FusedModule)]
+        handles = [module.register_forward_pre_hook(note) for module in fused]
         self.model.eval()
         with self._autocast():
             self.model(self.images)

@@ -60,11 +60,11 @@ def add_quick(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
-    """`--processes`: whether each variant has a process of its own."""
+    """`--processes`: whether each variant has processes of its own."""
     parser.add_argument(
         "--processes",
         action=argparse.BooleanOptionalAction,
-        help="each variant in a process of its own, as its user has it, which take turns (default: "
+        help="each variant in processes of its own, as its user has it, which take turns (default: "
         "on a CPU, without --quick)",
     )
 

@@ -3,6 +3,10 @@
 In one process the memory that one variant frees serves the next, and the C allocator's thresholds
 follow the largest of all: a plain block then has few of the page faults, tens of thousands a step,
 that it has where it is alone. Each variant has its own allocator, as in its user's program.
+
+Which memory a process happens to get is good for some percent of its times, and for half of a plain
+block's page faults, as long as it lives. So each variant has a few processes, one after the other,
+whose samples are taken together.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import resource
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -23,7 +28,9 @@ import torch
 
 from benchmarks.harness import cpu_timer, interleave, summarize
 
+GENERATIONS = 4  # of processes
 Calls = Mapping[str, Callable[[], object]]  # by name, what a process can be told to run
+Start = Callable[[], "Process"]
 
 
 class Sample(NamedTuple):
@@ -71,15 +78,59 @@ class Process:
         return self._pool.submit(work, *arguments).result()
 
 
+class Measured(NamedTuple):
+    """What was found of one variant.
+
+    calls: for each call, its `Timing` and the median of its page faults. resident_bytes: the most
+    of all its processes.
+    """
+
+    calls: dict[str, dict[str, float]]
+    resident_bytes: int
+
+
 def measure_processes(
-    processes: Mapping[str, Process], call: str, rounds: int, warmup: int
-) -> dict[str, dict[str, float]]:
-    """A call of every process, interleaved: its `Timing` and the median of its page faults."""
+    starts: Mapping[str, Start], calls: Sequence[str], rounds: int, warmup: int
+) -> dict[str, Measured]:
+    """The calls of every variant, in order, each interleaved with that of the others.
+
+    Args:
+        starts: what makes a process, by variant.
+        calls: the calls to measure.
+        rounds: samples of each, of all `GENERATIONS` of processes together.
+        warmup: samples before those, in each process.
+    """
+    samples: dict[tuple[str, str], list[Sample]] = {(n, c): [] for n in starts for c in calls}
+    resident = dict.fromkeys(starts, 0)
+    for generation in range(min(GENERATIONS, rounds)):
+        share = _share(rounds, generation)
+        with ExitStack() as stack:
+            processes = {name: stack.enter_context(start()) for name, start in starts.items()}
+            for call in calls:
+                for name, taken in _samples(processes, call, share, warmup, generation).items():
+                    samples[name, call] += taken
+            for name, process in processes.items():
+                resident[name] = max(resident[name], process.resident_bytes())
+    return {
+        name: Measured({call: _summary(samples[name, call]) for call in calls}, resident[name])
+        for name in starts
+    }
+
+
+def _share(rounds: int, generation: int) -> int:
+    """How many of the rounds are that generation's."""
+    generations = min(GENERATIONS, rounds)
+    return rounds * (generation + 1) // generations - rounds * generation // generations
+
+
+def _samples(
+    processes: Mapping[str, Process], call: str, rounds: int, warmup: int, seed: int
+) -> dict[str, list[Sample]]:
+    """Of one call of every process."""
     for _ in range(warmup):
         for process in processes.values():
             process.sample(call)
-    samples = interleave(list(processes), rounds, lambda name: processes[name].sample(call))
-    return {name: _summary(taken) for name, taken in samples.items()}
+    return interleave(list(processes), rounds, lambda name: processes[name].sample(call), seed)
 
 
 def _summary(samples: Sequence[Sample]) -> dict[str, float]:

@@ -52,8 +52,10 @@ def origin(run: Run) -> str:
 
 def interleaving(run: Run) -> str:
     """How the variants of a run took turns."""
-    own = run["settings"].get("processes")
-    return "variants interleaved" + (", each in a process of its own" if own else "")
+    processes = run["settings"].get("processes")
+    if not processes:
+        return "variants interleaved"
+    return f"variants interleaved, each in {processes} processes of its own, one after the other"
 
 
 def milliseconds(timing: dict[str, float]) -> str:

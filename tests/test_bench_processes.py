@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_block, bench_resnet50, records, resnet_report, tables
+from benchmarks import bench_block, bench_resnet50, processes, records, resnet_report, tables
 from benchmarks.bench_block import build_calls
 from benchmarks.cases import Inputs
 from benchmarks.peers import PEERS
@@ -46,32 +46,40 @@ def fails() -> dict[str, Callable[[], object]]:
     raise ValueError("this cannot be built")
 
 
-def test_each_variant_runs_in_its_process_alone(tmp_path: Path) -> None:
+def test_each_variant_runs_in_processes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "GENERATIONS", 2)
     log = tmp_path / "log"
-    with Process(waits, 0.05, log) as slow, Process(waits, 0.01, log) as quick:
-        found = measure_processes({"slow": slow, "quick": quick}, "wait", 3, 1)
-    assert found["quick"]["median"] >= 0.01
-    assert found["slow"]["median"] >= 0.05
-    assert found["slow"]["rounds"] == 3
+    starts = {
+        "slow": partial(Process, waits, 0.05, log),
+        "quick": partial(Process, waits, 0.01, log),
+    }
+    found = measure_processes(starts, ["wait"], 3, 1)
+    assert found["quick"].calls["wait"]["median"] >= 0.01
+    assert found["slow"].calls["wait"]["median"] >= 0.05
+    assert found["slow"].calls["wait"]["rounds"] == 3
     lines = [line.split() for line in log.read_text().splitlines()]
-    # Twice in a row at each turn, of which there are a warm-up and three.
+    # Twice in a row at each turn, of which there are a warm-up each generation and three.
     assert [line[0] for line in lines[::2]] == [line[0] for line in lines[1::2]]
-    assert [line[0] for line in lines].count("0.05") == len(lines) / 2 == 8
-    processes = {process for _, process, _ in lines}
-    assert len(processes) == 2
-    assert str(os.getpid()) not in processes
+    assert [line[0] for line in lines].count("0.05") == len(lines) / 2 == 10
+    owners = [process for _, process, _ in lines]
+    assert len(set(owners)) == 4
+    assert str(os.getpid()) not in owners
+    first = [owners.index(process) for process in dict.fromkeys(owners)]
+    assert first[2] == 8  # the second generation's, after four calls of both of the first
+    assert not set(owners[:8]) & set(owners[8:])
     assert {threads for *_, threads in lines} == {str(torch.get_num_threads())}
 
 
 def test_memory_is_that_of_the_process() -> None:
-    with Process(touches, PAGES) as large, Process(touches, 1) as small:
-        found = measure_processes({"large": large, "small": small}, "touch", 1, 0)
-        peaks = [process.resident_bytes() for process in (large, small)]
+    starts = {"large": partial(Process, touches, PAGES), "small": partial(Process, touches, 1)}
+    large, small = measure_processes(starts, ["touch"], 1, 0).values()
     # Huge pages, where the system gives them unasked, are 512 of them.
-    assert found["large"]["page_faults"] >= 0.9 * PAGES / 512
-    assert found["small"]["page_faults"] < found["large"]["page_faults"] / 2
-    assert peaks[0] - peaks[1] >= 0.95 * PAGES * PAGE
-    assert peaks[1] < 2**30
+    assert large.calls["touch"]["page_faults"] >= 0.9 * PAGES / 512
+    assert small.calls["touch"]["page_faults"] < large.calls["touch"]["page_faults"] / 2
+    assert large.resident_bytes - small.resident_bytes >= 0.95 * PAGES * PAGE
+    assert small.resident_bytes < 2**30
 
 
 def test_what_cannot_be_built_is_said() -> None:
@@ -101,12 +109,12 @@ def test_a_block_is_measured_in_processes(monkeypatch: pytest.MonkeyPatch, tmp_p
     arguments = ["--shapes", TINY.name, "--batch", "2", "--rounds", "2", "--peers"]
     assert bench_block.main([*arguments, "--output", str(output)]) == 0
     run = records.read(output)
-    assert run["settings"]["processes"]
+    assert run["settings"]["processes"] == processes.GENERATIONS
     assert [row["variant"] for row in run["records"]] == [
         f"{kind} {layout}" for kind in ("reference", "fused") for layout in tables.LAYOUTS
     ]
     assert all(row["step"]["page_faults"] >= 0 for row in run["records"])
-    assert "each in a process of its own" in tables.caption(run)
+    assert "each in 4 processes of its own" in tables.caption(run)
     assert "page faults" in tables.memory_table(run)
 
 
