@@ -1,7 +1,7 @@
 """The stages on CPU in float32 with this library's own products.
 
-* 1x1 convolutions (csrc/cpu/products.cpp): a block of pixels goes from its operand through the
-  product to its epilogue inside a core's L2 cache.
+* 1x1 convolutions (csrc/cpu/products.cpp, pixel_products.cpp): a block of pixels goes from its
+  operand through the product to its epilogue inside a core's L2 cache.
 * 3x3 convolutions of stride 1 and 2 (csrc/cpu/winograd.cpp): Winograd's F(2x2, 3x3) for stride 1,
   with 2.25 times fewer multiplications and a smaller error; a normalisation and ReLU before it are
   applied to what it loads. It spreads what is not finite over a tile, so it serves batch statistics

@@ -1,5 +1,6 @@
-// The interface between the fused 1x1 products (products.cpp) and their micro-kernels
-// (products_impl.h), compiled once per instruction set; plain data only, as in kernels.h.
+// The interface between the fused 1x1 products (products.cpp, pixel_products.cpp) and their
+// micro-kernels (products_impl.h), compiled once per instruction set; plain data only, as in
+// kernels.h.
 //
 // A 1x1 convolution of pixels is a matrix product. A block of pixels goes through the caches once:
 // its operands are packed into panels while they are read (the prologue), multiplied out of the L2

@@ -1,0 +1,123 @@
+// What the fused 1x1 products share: how they are cut up, the memory that they need, and their
+// operands.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "arguments.h"
+#include "blocking.h"
+#include "products.h"
+
+namespace fused_bottleneck::cpu {
+
+// What stays in a core's L2 cache: the operands and values of a block of a product, and the
+// operands of the next one.
+constexpr int64_t kBlockBytes = 768 * 1024;
+constexpr int64_t kLeftBytes = 400 * 1024;
+// Rows that are summed in float32 before the sum goes on (see has_few_blocks); a block of them in a
+// product over pixels, whose wide operand is read once per cache line and may come from the L3
+// cache.
+constexpr int64_t kMaxRows = 396;
+static_assert(kMaxRows % kRowMultiple == 0);
+
+inline int64_t row_limit(int64_t bytes, int64_t floats_per_row) {
+  const int64_t rows = bytes / (floats_per_row * static_cast<int64_t>(sizeof(float)));
+  return std::clamp(rows / kRowMultiple * kRowMultiple, kRowMultiple, kMaxRows);
+}
+
+// --- blocks and workspace ---
+
+inline Blocks product_blocks(int64_t rows, int64_t depth, int64_t channels) {
+  return Blocks(rows, thread_count(), row_limit(kBlockBytes, 2 * depth + channels));
+}
+
+inline Blocks pixel_blocks(int64_t rows, const Split& split) {
+  return Blocks(rows, split.row_parts, kMaxRows);
+}
+
+// Floats of one thread's panels and values.
+inline int64_t product_floats(const Blocks& blocks, int64_t depth, int64_t channels) {
+  return round_up(depth * left_stride(blocks.block) + channels * blocks.block, kAlignment);
+}
+
+inline int64_t pixel_floats(const Blocks& blocks, int64_t wide, int64_t narrow) {
+  return round_up(wide * left_stride(blocks.block) + narrow * right_stride(blocks.block) +
+                      row_limit(kLeftBytes, wide) * narrow,
+                  kAlignment);
+}
+
+inline int64_t product_total(int64_t rows, int64_t depth, int64_t channels) {
+  const Blocks blocks = product_blocks(rows, depth, channels);
+  return blocks.threads * product_floats(blocks, depth, channels);
+}
+
+inline int64_t pixel_total(int64_t rows, int64_t wide, int64_t narrow, const Split& split) {
+  const Blocks blocks = pixel_blocks(rows, split);
+  return blocks.threads * (split.channel_parts * pixel_floats(blocks, wide, narrow) +
+                           2 * round_up(wide * narrow, kAlignment));  // sums are double
+}
+
+// What any product of [rows, depth] and [depth, channels], either way round or over pixels, needs.
+inline int64_t workspace_bytes(int64_t rows, int64_t depth, int64_t channels) {
+  STD_TORCH_CHECK(rows > 0 && depth > 0 && channels > 0,
+                  "product_workspace: expected rows, depth and channels to be positive, got ", rows,
+                  ", ", depth, ", ", channels);
+  const int64_t wide = std::max(depth, channels), narrow = std::min(depth, channels);
+  const int64_t floats =
+      std::max({product_total(rows, depth, channels), product_total(rows, channels, depth),
+                pixel_total(rows, wide, narrow, Split::of(wide * narrow)),
+                pixel_total(rows, depth, channels, Split::by_rows(depth * channels)),
+                pixel_total(rows, channels, depth, Split::by_rows(depth * channels))});
+  return (floats + round_up(depth * channels, kAlignment)) * static_cast<int64_t>(sizeof(float)) +
+         kAlignment;
+}
+
+// --- operands ---
+
+// A float32 matrix [rows, channels] whose channels the panels can hold.
+inline const float* product_matrix(const char* op, const char* name, const Tensor& t,
+                                   int64_t rows) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && is_matrix(t) &&
+                      t.numel() > 0 && matrix_rows(t) == rows &&
+                      matrix_channels(t) % kChannelMultiple == 0,
+                  op, ": expected ", name, " to be float32 [", rows, ", C], C a multiple of ",
+                  kChannelMultiple, kMatrixLayout, "on the CPU, got ", describe(t));
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+// A float32 weight [depth, channels] with any strides.
+inline PackWeight product_weight(const char* op, const char* name, const Tensor& t, int64_t depth,
+                                 int64_t channels) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 2 &&
+                      t.size(0) == depth && t.size(1) == channels,
+                  op, ": expected ", name, " to be float32 [", depth, ", ", channels,
+                  "], on the CPU, got ", describe(t));
+  return {static_cast<const float*>(t.const_data_ptr()),
+          depth,
+          channels,
+          t.stride(0),
+          t.stride(1),
+          0,
+          depth,
+          nullptr};
+}
+
+inline int64_t product_channels(const char* op, const char* name, const Tensor& weight) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) > 0 && weight.size(1) % kChannelMultiple == 0,
+                  op, ": expected ", name, " to be [K, C], C a multiple of ", kChannelMultiple,
+                  ", got ", describe(weight));
+  return weight.size(1);
+}
+
+inline void pack(const PackWeight& weight) {
+  const ProductKernels& kernels = kernels_in_use();
+  const int64_t panels = (weight.channels + kPanelMultiple - 1) / kPanelMultiple;
+  torch::stable::parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
+    kernels.pack_weight(weight, begin * kPanelMultiple,
+                        std::min(end * kPanelMultiple, weight.channels));
+  });
+}
+
+}  // namespace fused_bottleneck::cpu
