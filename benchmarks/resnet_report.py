@@ -63,6 +63,10 @@ def text(run: Run) -> str:
     return "\n\n".join([caption, markdown(*without_empty_columns(header, rows)), *missing])
 
 
+def _colour(variant: str) -> str:
+    return next(colour for kind, colour in COLOURS.items() if variant.startswith(kind))
+
+
 def plot(run: Run, path: Path) -> None:
     """Images per second, and the memory of a step, by batch size and variant."""
     import matplotlib.pyplot as plt
@@ -71,7 +75,7 @@ def plot(run: Run, path: Path) -> None:
 
     rows = _timed(run)
     labels = [f"{row['variant']}, {row['batch']}" for row in rows]
-    colours = [COLOURS[row["variant"].split()[0]] for row in rows]
+    colours = [_colour(row["variant"]) for row in rows]
     on_gpu = any(row["peak_bytes"] for row in rows)
     key, what = ("peak_bytes", "peak") if on_gpu else ("saved_bytes", "kept for backward")
     figure, (speed, memory) = plt.subplots(

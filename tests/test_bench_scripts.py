@@ -23,6 +23,7 @@ from benchmarks import (
     peers,
     records,
     report,
+    resnet_report,
     scaling_report,
     watch,
 )
@@ -150,6 +151,9 @@ def test_a_network_trains_alike_in_plain_and_in_fused_blocks(
     fused, plain = rows["fused channels_last"], rows["reference channels_last"]
     assert fused["saved_bytes"] < plain["saved_bytes"]
     assert fused["images_per_second"] == pytest.approx(2 / fused["median"])
+    pytest.importorskip("matplotlib")
+    resnet_report.plot(records.read(output), tmp_path / "run.png")
+    assert (tmp_path / "run.png").stat().st_size > 2**12
 
 
 def test_a_network_whose_blocks_run_unfused_is_refused(
