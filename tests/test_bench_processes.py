@@ -106,7 +106,7 @@ def test_a_block_is_measured_in_processes(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setitem(SHAPES, TINY.name, TINY)
     monkeypatch.setattr(bench_block, "measure_peaks", lambda *args: Peaks(1e9, 1e9))
     output = tmp_path / "run.json"
-    arguments = ["--shapes", TINY.name, "--batch", "2", "--rounds", "2", "--peers"]
+    arguments = ["--shapes", TINY.name, "--batch", "2", "--rounds", "1", "--peers"]
     assert bench_block.main([*arguments, "--output", str(output)]) == 0
     run = records.read(output)
     assert run["settings"]["processes"] == processes.GENERATIONS
