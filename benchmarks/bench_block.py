@@ -23,7 +23,7 @@ from benchmarks.checked import agreeing_cases
 from benchmarks.harness import measure, timer_for
 from benchmarks.options import DTYPES
 from benchmarks.peers import DEFAULT_PEERS, PEERS, build_peers
-from benchmarks.processes import GENERATIONS, Calls, Process, measure_processes
+from benchmarks.processes import Calls, Process, generations, measure_processes
 from benchmarks.roofline import measure_peaks
 from benchmarks.shapes import NETWORKS, SHAPES, BlockShape
 
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> records.Run:
         "batch": args.batch,
         "bias": args.bias,
         "rounds": args.rounds,
-        "processes": GENERATIONS if args.processes else 0,
+        "processes": generations(args.rounds) if args.processes else 0,
     }
     extra = {"peaks": dataclasses.asdict(peaks)}
     return options.collect("block", args, args.shapes, measure_shape, settings, **extra)

@@ -28,7 +28,7 @@ from benchmarks.harness import measure, timer_for
 from benchmarks.networks import CLASSES, GraphedStep, ResNet, TrainingStep
 from benchmarks.options import DTYPES, Refused
 from benchmarks.peers import first_line
-from benchmarks.processes import GENERATIONS, Calls, Process, measure_processes
+from benchmarks.processes import Calls, Process, generations, measure_processes
 from benchmarks.shapes import NETWORKS
 from fused_bottleneck import Bottleneck, ConvBNReLU, FusedBottleneck, FusedConvBNReLU
 
@@ -253,7 +253,7 @@ def run(args: argparse.Namespace) -> records.Run:
         "network": args.network,
         "size": args.size,
         "rounds": args.rounds,
-        "processes": GENERATIONS if args.processes else 0,
+        "processes": generations(args.rounds) if args.processes else 0,
     }
     return options.collect("network", args, args.batch, measure_batch, settings)
 

@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.harness import cpu_timer, interleave, summarize
 
-GENERATIONS = 4  # of processes
+GENERATIONS = 4  # of processes, where there are as many rounds
 Calls = Mapping[str, Callable[[], object]]  # by name, what a process can be told to run
 Start = Callable[[], "Process"]
 
@@ -78,6 +78,11 @@ class Process:
         return self._pool.submit(work, *arguments).result()
 
 
+def generations(rounds: int) -> int:
+    """How many processes a variant has, one after the other, to share the rounds."""
+    return min(GENERATIONS, rounds)
+
+
 class Measured(NamedTuple):
     """What was found of one variant.
 
@@ -97,13 +102,14 @@ def measure_processes(
     Args:
         starts: what makes a process, by variant.
         calls: the calls to measure.
-        rounds: samples of each, of all `GENERATIONS` of processes together.
+        rounds: samples of each, of all `generations` of processes together.
         warmup: samples before those, in each process.
     """
     samples: dict[tuple[str, str], list[Sample]] = {(n, c): [] for n in starts for c in calls}
     resident = dict.fromkeys(starts, 0)
-    for generation in range(min(GENERATIONS, rounds)):
-        share = _share(rounds, generation)
+    total = generations(rounds)
+    for generation in range(total):
+        share = rounds * (generation + 1) // total - rounds * generation // total
         with ExitStack() as stack:
             processes = {name: stack.enter_context(start()) for name, start in starts.items()}
             for call in calls:
@@ -115,12 +121,6 @@ def measure_processes(
         name: Measured({call: _summary(samples[name, call]) for call in calls}, resident[name])
         for name in starts
     }
-
-
-def _share(rounds: int, generation: int) -> int:
-    """How many of the rounds are that generation's."""
-    generations = min(GENERATIONS, rounds)
-    return rounds * (generation + 1) // generations - rounds * generation // generations
 
 
 def _samples(

@@ -54,7 +54,7 @@ def text(run: Run) -> str:
         f"{settings['rounds']} samples, {interleaving(run)}."
     )
     if any(record.get("resident_bytes") for record in _timed(run)):
-        caption += " Resident: the most memory of that process, torch included."
+        caption += " Resident: the most memory of one of its processes, torch included."
     missing = [
         f"batch {record['batch']}: no {record['variant']}: {record['left_out']}"
         for record in run["records"]

@@ -55,7 +55,9 @@ def interleaving(run: Run) -> str:
     processes = run["settings"].get("processes")
     if not processes:
         return "variants interleaved"
-    return f"variants interleaved, each in {processes} processes of its own, one after the other"
+    own = "a process" if processes == 1 else f"{processes} processes"
+    order = "" if processes == 1 else ", one after the other"
+    return f"variants interleaved, each in {own} of its own{order}"
 
 
 def milliseconds(timing: dict[str, float]) -> str:

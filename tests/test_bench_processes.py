@@ -109,12 +109,14 @@ def test_a_block_is_measured_in_processes(monkeypatch: pytest.MonkeyPatch, tmp_p
     arguments = ["--shapes", TINY.name, "--batch", "2", "--rounds", "1", "--peers"]
     assert bench_block.main([*arguments, "--output", str(output)]) == 0
     run = records.read(output)
-    assert run["settings"]["processes"] == processes.GENERATIONS
+    assert run["settings"]["processes"] == 1  # one round is one process's
     assert [row["variant"] for row in run["records"]] == [
         f"{kind} {layout}" for kind in ("reference", "fused") for layout in tables.LAYOUTS
     ]
     assert all(row["step"]["page_faults"] >= 0 for row in run["records"])
-    assert "each in 4 processes of its own" in tables.caption(run)
+    assert "each in a process of its own" in tables.caption(run)
+    run["settings"]["processes"] = 4
+    assert "each in 4 processes of its own, one after the other" in tables.caption(run)
     assert "page faults" in tables.memory_table(run)
 
 
