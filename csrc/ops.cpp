@@ -156,8 +156,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
       "winograd_weight_grad(Tensor grad, Tensor x, int stride, Tensor(a!) workspace, "
       "Tensor? mean=None, Tensor? scale=None, Tensor? beta=None) -> Tensor");
 
-  // out[b] = x[b]^T, contiguous [B, R, C] to [B, C, R]: between contiguous and channels_last.
-  m.def("transpose_(Tensor x, Tensor(a!) out) -> ()");
+  // out[first + b] = x[b]^T, contiguous [B, R, C] to [.., C, R]: between contiguous and
+  // channels_last.
+  m.def("transpose_(Tensor x, Tensor(a!) out, int first=0) -> ()");
 
   // Asks for huge pages for t's memory before its first touch; a hint, never an error.
   m.def("advise_huge_pages_(Tensor(a!) t) -> ()");

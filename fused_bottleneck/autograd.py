@@ -57,6 +57,14 @@ def _save(ctx: Any, x: Tensor, tensors: Sequence[Tensor | None], saved: Sequence
     ctx.save_for_backward(x, *parameters, *saved)
 
 
+def _keep_moments_out(ctx: Any, moments: Sequence[Tensor]) -> None:
+    """Moments take no part in backward, nor are zeros made for their gradients; torch.compile makes
+    none anyway, and does not know how to ask for that."""
+    ctx.mark_non_differentiable(*moments)
+    if not torch.compiler.is_compiling():
+        ctx.set_materialize_grads(False)
+
+
 def _load(ctx: Any) -> tuple[Tensor, list[list[Tensor | None]], list[Tensor]]:
     """The inverse of ``_save``: x, the four columns of parameters, the program's tensors."""
     x, *rest = ctx.saved_tensors
@@ -102,11 +110,13 @@ class BottleneckFunction(torch.autograd.Function):
         ctx.plan = plan
         ctx.identity = shortcut is None and len(plan.batch) == 3
         _save(ctx, x, tensors, saved)
-        ctx.mark_non_differentiable(*moments)
+        _keep_moments_out(ctx, moments)
         return (out, *moments)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, (weights, biases, gammas, betas), saved = _load(ctx)
         needs = _needs(ctx, fixed=2)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -145,11 +155,13 @@ class ConvBNReLUFunction(torch.autograd.Function):
             observe(moments)
         ctx.plan = plan
         _save(ctx, x, tensors, saved)
-        ctx.mark_non_differentiable(*moments)
+        _keep_moments_out(ctx, moments)
         return (out, *moments)
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * len(ctx.needs_input_grad)
         x, (weights, biases, gammas, betas), saved = _load(ctx)
         needs = _needs(ctx, fixed=1)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

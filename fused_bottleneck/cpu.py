@@ -6,13 +6,14 @@ from pools (scratch.py).
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from . import extension
-from .operands import POINTWISE, Activation, Geometry, MaskedGrad, Normalised, pixels
+from .operands import POINTWISE, Activation, Geometry, MaskedGrad, Normalised
 from .pass_stages import PassStages, TailSource, input_grad, pointwise
 from .scratch import Lease, result_empty
 from .stages import ConvTerm, FoldedTerm, InputTerm, conv2d, conv2d_backward, output_dtype
@@ -31,6 +32,12 @@ CHANNEL_MULTIPLE = 16
 def products_fit(*channels: int) -> bool:
     """Whether this library's products can take matrices of so many channels."""
     return all(c % CHANNEL_MULTIPLE == 0 for c in channels)
+
+
+@lru_cache(maxsize=4096)
+def workspace_bytes(family: str, threads: int, *sizes: int | bool) -> int:
+    """The bytes that an op of a family needs; sizes and the number of threads decide."""
+    return getattr(_passes, f"{family}_workspace")(*sizes)
 
 
 def _image_matrices(t: Tensor) -> Tensor:
@@ -98,8 +105,7 @@ class CpuStages(PassStages):
             return super()._pixel_product(g, d)
         g, d = self._widened(g, "g"), self._widened(d, "d")
         if extension.has_products() and products_fit(g.shape[1], d.shape[1]):
-            size = _passes.product_workspace(pixels(g), g.shape[1], d.shape[1])
-            return _passes.transposed_product(g, d, self._lend(size))
+            return _passes.transposed_product(g, d, self._lend_product(g, d.shape[1]))
         like = g.new_empty(g.shape[1], d.shape[1], 1, 1)
         return conv2d_backward(g, d, like, POINTWISE, (False, True))[1].flatten(1)
 
@@ -116,6 +122,12 @@ class CpuStages(PassStages):
         if name not in self._lent or self._lent[name].numel() < size:
             self._lent[name] = self._lease.swap(self._lent.get(name), size)
         return self._lent[name]
+
+    def _lend_product(self, a: Tensor, channels: int) -> Tensor:
+        """Memory for a product of ``[N, K, H, W]`` pixels, or of a ``[P, K]`` matrix's rows, with
+        ``channels`` others or outputs."""
+        sizes = a.numel() // a.shape[1], a.shape[1], channels
+        return self._lend(workspace_bytes("product", torch.get_num_threads(), *sizes))
 
     # Forward.
 
@@ -148,14 +160,20 @@ class CpuStages(PassStages):
         out = result_empty(shape, output_dtype(terms, residuals), channels_last)
         shift = self._tail_shift(first, second, out)
         mask = torch.empty(n * h * w, -(-channels // 8), dtype=torch.uint8)
-        chunks = list(self._chunks(out, sum(term.folded.weight.numel() for term in terms)))
+        chunks = [(0, n)]
+        if not channels_last or any(map(self._has_value, (first, second))):
+            chunks = list(self._chunks(out, sum(term.folded.weight.numel() for term in terms)))
         buffer = out if channels_last else self._scratch(out[: chunks[0][1]])
         for i, j in chunks:
             rows = out[i:j] if channels_last else buffer[: j - i]
             self._tail_images(first, second, shift, i, j, rows, mask[i * h * w : j * h * w])
             if not channels_last:
-                _passes.transpose_(_image_matrices(rows), out[i:j].flatten(2))
+                _passes.transpose_(_image_matrices(rows), out.flatten(2), i)
         return out, mask
+
+    def _has_value(self, source: TailSource) -> bool:
+        """Whether what a source adds is computed into a tensor of its own first."""
+        return isinstance(source, FoldedTerm)
 
     def _value_chunk(self, source: FoldedTerm | Tensor, i: int, j: int) -> Tensor:
         """Images i to j of a residual, or of a term without its shift."""

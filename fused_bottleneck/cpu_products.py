@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import algebra
 from .algebra import FoldForward, OperandGrad
-from .cpu import CpuStages, products_fit
+from .cpu import CpuStages, products_fit, workspace_bytes
 from .operands import (
     Activation,
     ConvGrad,
@@ -71,9 +71,12 @@ class CpuProductStages(CpuStages):
         super().__init__()
         self._single_grams: dict[int, Tensor] = {}  # operands, by the id of their covariance
 
-    def _workspace(self, a: Tensor, channels: int) -> Tensor:
-        """Memory for a product of ``[N, K, H, W]`` pixels with ``channels`` others or outputs."""
-        return self._lend(_passes.product_workspace(pixels(a), a.shape[1], channels))
+    def _lend_winograd(self, out: Tensor, depth: int, stride: int, transposed: bool) -> Tensor:
+        """Memory for the 3x3 convolution with that output, or (transposed) the one that makes that
+        gradient of its input, and for the gradient of its weight."""
+        n, channels, h, w = out.shape
+        sizes = n, h, w, depth, channels, stride, transposed
+        return self._lend(workspace_bytes("winograd", torch.get_num_threads(), *sizes))
 
     def _matrix_product(self, a: Tensor, b: Tensor) -> Tensor:
         """Where it is large enough for this library's products: twice as fast as a BLAS here."""
@@ -81,13 +84,11 @@ class CpuProductStages(CpuStages):
         if small or not b.is_contiguous():
             return super()._matrix_product(a, b)
         if a.is_contiguous():
-            size = _passes.product_workspace(a.shape[0], a.shape[1], b.shape[1])
             out = a.new_empty(a.shape[0], b.shape[1])
-            _passes.product_(a, b, out, self._lend(size))
+            _passes.product_(a, b, out, self._lend_product(a, b.shape[1]))
             return out
         if a.t().is_contiguous():
-            size = _passes.product_workspace(a.shape[1], a.shape[0], b.shape[1])
-            return _passes.transposed_product(a.t(), b, self._lend(size))
+            return _passes.transposed_product(a.t(), b, self._lend_product(a.t(), b.shape[1]))
         return super()._matrix_product(a, b)
 
     def _seen(self, source: Tensor | Activation, geometry: Geometry) -> Tensor:
@@ -107,7 +108,7 @@ class CpuProductStages(CpuStages):
         if not _is_product(weight, geometry):
             return super().conv(source, weight, geometry)
         operand, out = self._product_operands(source, weight, geometry)
-        workspace = self._workspace(operand, weight.shape[0])
+        workspace = self._lend_product(operand, weight.shape[0])
         _passes.product_(operand, weight.flatten(1).t(), out, workspace)
         return out
 
@@ -125,7 +126,7 @@ class CpuProductStages(CpuStages):
         if not _is_product(weight, geometry):
             return super().conv_forward(source, weight, geometry)
         operand, out = self._product_operands(source, weight, geometry)
-        workspace = self._workspace(operand, weight.shape[0])
+        workspace = self._lend_product(operand, weight.shape[0])
         mean, m2 = _passes.product_moments_(operand, weight.flatten(1).t(), out, workspace)
         return out, Moments(mean, m2 / pixels(out))
 
@@ -145,9 +146,7 @@ class CpuProductStages(CpuStages):
         out: Tensor,
     ) -> None:
         """``out = conv(x, weight)``, or the gradient of its input from x."""
-        n, channels, h, w = out.shape
-        size = _passes.winograd_workspace(n, h, w, x.shape[1], channels, stride, transposed)
-        workspace = self._lend(size)
+        workspace = self._lend_winograd(out, x.shape[1], stride, transposed)
         arguments = _nhwc(x), weight, stride, transposed, _nhwc(out), workspace
         _passes.winograd_conv_(*arguments, *prologue)
 
@@ -171,7 +170,7 @@ class CpuProductStages(CpuStages):
     def _covariance(
         self, d: Tensor, gram: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        return covariance(*gram(d, self._workspace(d, d.shape[1])), pixels(d))
+        return covariance(*gram(d, self._lend_product(d, d.shape[1])), pixels(d))
 
     def fold(
         self,
@@ -194,6 +193,9 @@ class CpuProductStages(CpuStages):
                 return algebra.fold_product(rows, weight_cov, *arguments, rows.dtype)
             mean_d, cov = self._covariance(d, _passes.gram_in_double)
         return super().fold(weight, gamma, beta, bias, eps, centre, mean_d, cov)
+
+    def _has_value(self, source: TailSource) -> bool:
+        return isinstance(source, FoldedTerm) and not products_fit(*source.folded.weight.shape)
 
     def _tail_images(
         self,
@@ -218,8 +220,8 @@ class CpuProductStages(CpuStages):
                 residual = self._value_chunk(source, i, j)
                 terms += [None, None]
         depth = sum(operand.shape[1] for operand in operands)
-        size = _passes.product_workspace(pixels(out), depth, out.shape[1])
-        _passes.product_residual_relu_(*terms, shift, residual, out, mask, self._lend(size))
+        workspace = self._lend_product(out, depth)
+        _passes.product_residual_relu_(*terms, shift, residual, out, mask, workspace)
 
     # Backward.
 
@@ -232,7 +234,7 @@ class CpuProductStages(CpuStages):
         for operand, a in zip(operands, weights, strict=True):
             d = self._operand(operand)
             kept = self._products[operand_key(operand)] = self._scratch(d)
-            workspace = self._workspace(d, a.shape[0])
+            workspace = self._lend_product(d, a.shape[0])
             sum_g, s = _passes.masked_products_(grad.grad_out, grad.mask, d, a, kept, workspace)
             products.append(s)
         return sum_g, products
@@ -269,7 +271,7 @@ class CpuProductStages(CpuStages):
             act.scale,
             act.beta,
             g,
-            self._workspace(a, weight.shape[1]),
+            self._lend_product(a, weight.shape[1]),
         )
         return g, GradSums(*sums)
 
@@ -296,7 +298,7 @@ class CpuProductStages(CpuStages):
         if not _is_product(weight, geometry):
             return super().conv_wgrad(grad, source, weight, geometry)
         dy, operand = self._conv_grad(grad), self._seen(source, geometry)
-        workspace = self._workspace(dy, operand.shape[1])
+        workspace = self._lend_product(dy, operand.shape[1])
         return _passes.transposed_product(dy, operand, workspace).view_as(weight)
 
     def _takes_winograd(self, grad: ConvGrad, weight: Tensor, geometry: Geometry) -> bool:
@@ -307,9 +309,8 @@ class CpuProductStages(CpuStages):
     def _winograd_weight_grad(
         self, dy: Tensor, x: Tensor, prologue: Prologue, stride: int
     ) -> Tensor:
-        n, channels, h, w = dy.shape
-        size = _passes.winograd_workspace(n, h, w, x.shape[1], channels, stride, False)
-        arguments = _nhwc(dy), _nhwc(x), stride, self._lend(size)
+        workspace = self._lend_winograd(dy, x.shape[1], stride, False)
+        arguments = _nhwc(dy), _nhwc(x), stride, workspace
         return _passes.winograd_weight_grad(*arguments, *prologue).permute(0, 3, 1, 2)
 
     def _conv_input_grad_into(
@@ -318,7 +319,7 @@ class CpuProductStages(CpuStages):
         if not _is_product(conv.weight, conv.geometry) or conv.geometry.stride != (1, 1):
             return super()._conv_input_grad_into(conv, identity, grad_x)
         dy, weight = self._conv_grad(conv.grad), conv.weight.flatten(1)
-        workspace = self._workspace(dy, grad_x.shape[1])
+        workspace = self._lend_product(dy, grad_x.shape[1])
         if identity is None:
             _passes.product_(dy, weight, grad_x, workspace)
         else:
@@ -330,7 +331,7 @@ class CpuProductStages(CpuStages):
         target = strided(grad_x, conv.geometry.stride)
         dy, weight = self._conv_grad(conv.grad), conv.weight.flatten(1)
         value = self._scratch(target)
-        _passes.product_(dy, weight, value, self._workspace(dy, weight.shape[1]))
+        _passes.product_(dy, weight, value, self._lend_product(dy, weight.shape[1]))
         target.add_(value)
 
     def _add_folded_input_grad(self, grad_x: Tensor, term: InputTerm) -> None:
@@ -339,6 +340,6 @@ class CpuProductStages(CpuStages):
             return super()._add_folded_input_grad(grad_x, term)
         d, product = self._operand(operand), self._products[operand_key(operand)]
         value = self._scratch(d)
-        workspace = self._workspace(d, d.shape[1])
+        workspace = self._lend_product(d, d.shape[1])
         _passes.product_add_(d, coefficients.b, product, coefficients.shift, value, workspace)
         operand._replace(x=grad_x).view().add_(value)

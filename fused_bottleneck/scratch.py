@@ -207,16 +207,18 @@ class Lease:
         self._buffers.append(larger)
         return larger
 
-    def take_bytes(self, size: int) -> Tensor:
-        """A uint8 ``[size]`` tensor with arbitrary content, valid until exit."""
+    def _take(self, size: int) -> Tensor:
         buffer = _acquire(size)
         self._buffers.append(buffer)
-        return buffer[:size]
+        return buffer
+
+    def take_bytes(self, size: int) -> Tensor:
+        """A uint8 ``[size]`` tensor with arbitrary content, valid until exit."""
+        return self._take(size)[:size]
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A channels_last ``[N, C, H, W]`` tensor with arbitrary content, valid until exit."""
-        n, c, h, w = shape
-        flat = self.take_bytes(math.prod(shape) * dtype.itemsize).view(dtype)
-        if _poisoned():
-            flat.fill_(math.nan)
-        return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+        _, c, h, w = shape
+        buffer = self._take(math.prod(shape) * dtype.itemsize)
+        out = buffer.view(dtype).as_strided(shape, (h * w * c, 1, w * c, c))
+        return out.fill_(math.nan) if _poisoned() else out

@@ -450,6 +450,23 @@ def test_transpose(dtype: torch.dtype) -> None:
             torch.testing.assert_close(out, x.transpose(1, 2), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("rows", [256, 100])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.usefixtures("restore_threads")
+def test_transpose_past_the_caches(rows: int, offset: int) -> None:
+    """Into a part of a result too large for them, in whole cache lines and across them."""
+    batch, columns = 6, 26 * 2**20 // (4 * 5 * rows)
+    memory = torch.full((batch * columns * rows + 32,), 7.0)
+    start = -memory.data_ptr() % 64 // 4 + offset
+    out = memory[start : start + batch * columns * rows].view(batch, columns, rows)
+    x = torch.randn(batch - 2, rows, columns)
+    torch.set_num_threads(2)
+    passes.transpose_(x, out, 1)
+    assert torch.equal(out[1:-1], x.mT)
+    assert (out[0] == 7).all()
+    assert (out[-1] == 7).all()
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -459,11 +476,14 @@ def test_transpose(dtype: torch.dtype) -> None:
         ("x", lambda t: t[:0], r"expected x to have at least one row.*got float32 \[0, 3, 4\]"),
         ("out", lambda t: t.double(), r"out to be float32 \[2, 4, 3\].*got float64 \[2, 4, 3\]"),
         ("out", lambda t: t.mT, r"out to be float32 \[2, 4, 3\].*got float32 \[2, 3, 4\]"),
-        ("out", lambda t: t[1:], r"out to be float32 \[2, 4, 3\].*got float32 \[1, 4, 3\]"),
+        ("out", lambda t: t[1:], r"out to have matrices 0 to 1, got float32 \[1, 4, 3\]"),
+        ("out", lambda t: t[0], r"out to be float32 \[0, 4, 3\].*got float32 \[4, 3\]"),
+        ("first", lambda _: 1, r"out to have matrices 1 to 2, got float32 \[2, 4, 3\]"),
+        ("first", lambda _: -1, r"out to have matrices -1 to 0, got float32 \[2, 4, 3\]"),
     ],
 )
 def test_transpose_error_names_the_argument(name: str, change: Change, message: str) -> None:
-    args = {"x": torch.zeros(2, 3, 4), "out": torch.zeros(2, 4, 3)}
+    args = {"x": torch.zeros(2, 3, 4), "out": torch.zeros(2, 4, 3), "first": 0}
     args[name] = change(args[name])
     with pytest.raises(RuntimeError, match=f"transpose_: .*{message}"):
         passes.transpose_(**args)

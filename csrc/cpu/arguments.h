@@ -12,6 +12,12 @@
 
 namespace fused_bottleneck::cpu {
 
+// A result larger than this goes past the caches: little of it would still be there at its use.
+constexpr int64_t kStreamBytes = 24 * 1024 * 1024;
+inline bool goes_past_caches(const Tensor& out) {
+  return out.numel() * out.element_size() > kStreamBytes;
+}
+
 inline const Kernels& kernels_for(ScalarType dtype) {
   const Kernels* table = capability().kernels;
   switch (dtype) {

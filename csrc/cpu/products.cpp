@@ -13,9 +13,6 @@
 namespace fused_bottleneck::cpu {
 namespace {
 
-// A result larger than this goes past the caches: little of it would still be there at its use.
-constexpr int64_t kStreamBytes = 24 * 1024 * 1024;
-
 const Kernels& row_kernels() { return capability().kernels[static_cast<int>(Dtype::float32)]; }
 
 // --- product: values = [a | a2] [weight; weight2], block by block, each block to an epilogue ---
@@ -112,8 +109,6 @@ class Product {
  public:
   const int64_t rows, channels;
 };
-
-bool goes_past_caches(const Tensor& out) { return out.numel() * out.element_size() > kStreamBytes; }
 
 // A pointer to row `row` of a float32 matrix that may be absent.
 const float* row_of(const void* matrix, int64_t row, int64_t channels) {
