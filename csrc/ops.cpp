@@ -137,6 +137,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
   m.def("gram(Tensor d, Tensor(a!) workspace) -> (Tensor sum_d, Tensor s)");
   m.def("gram_in_double(Tensor d, Tensor(a!) workspace) -> (Tensor sum_d, Tensor s)");
 
+  // What fold and fold_backward are, for the products above: of weight cov and cov, float32; s
+  // becomes the gradient of the weight. cancellation []: the largest ratio of the variance that an
+  // output would have, did the operand's channels not go together, to what it has. workspace: of a
+  // product of W rows of K channels with K.
+  m.def(
+      "fold_product(Tensor weight, Tensor weight_cov, Tensor cov, Tensor? gamma, "
+      "Tensor? beta, Tensor? bias, float eps, Tensor centre, Tensor mean_d) -> "
+      "(Tensor folded, Tensor mean, Tensor var, Tensor invstd, Tensor offset, Tensor shift, "
+      "Tensor cancellation)");
+  m.def(
+      "fold_backward_(Tensor weight, Tensor? gamma, Tensor invstd, Tensor offset, Tensor mean_d, "
+      "Tensor weight_cov, Tensor a, Tensor(a!) s, Tensor sum_g, int count, Tensor(b!) workspace) "
+      "-> (Tensor dgamma, Tensor b, Tensor shift)");
+
   // --- 3x3 convolutions of padding 1 and stride 1 or 2 by Winograd's filtering, as the products.
   // --- Enough for the next two, with an output (transposed: gradient of the input) [N, H, W, C]
   // from `depth` channels.

@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import algebra
-from .algebra import FoldForward, OperandGrad
+from .algebra import FoldBackward, Folded, FoldForward, OperandGrad
 from .cpu import CpuStages, products_fit, workspace_bytes
 from .operands import (
     Activation,
@@ -57,6 +56,13 @@ def _is_winograd(weight: Tensor, geometry: Geometry) -> bool:
     """Whether a convolution is one that Winograd's way can take."""
     fits = weight.shape[2:] == (3, 3) and products_fit(*weight.shape[:2])
     return fits and geometry in _WINOGRAD_GEOMETRIES
+
+
+def _single(parameter: Tensor | None) -> Tensor | None:
+    """A parameter in float32."""
+    if parameter is None or parameter.dtype == torch.float32:
+        return parameter
+    return parameter.float()
 
 
 def _nhwc(t: Tensor) -> Tensor:
@@ -185,12 +191,14 @@ class CpuProductStages(CpuStages):
     ) -> FoldForward:
         d = self._single_grams.pop(id(cov), None)
         if d is not None:
-            rows = weight.flatten(1).contiguous()
-            weight_cov = self._matrix_product(rows, cov.float())
-            independent = torch.mv(rows.square(), cov.diagonal().float())
-            if not needs_double(independent, algebra.folded_variance(rows, weight_cov)):
-                arguments = gamma, beta, bias, eps, centre, mean_d.float()
-                return algebra.fold_product(rows, weight_cov, *arguments, rows.dtype)
+            rows, single = weight.flatten(1).contiguous(), cov.float()
+            weight_cov = self._matrix_product(rows, single)
+            affine = _single(gamma), _single(beta), _single(bias)
+            folded, mean, var, invstd, offset, shift, cancellation = _passes.fold_product(
+                rows, weight_cov, single, *affine, eps, centre, mean_d.float()
+            )
+            if not needs_double(cancellation.item()):
+                return FoldForward(Folded(folded, shift), mean, var, invstd, offset, weight_cov)
             mean_d, cov = self._covariance(d, _passes.gram_in_double)
         return super().fold(weight, gamma, beta, bias, eps, centre, mean_d, cov)
 
@@ -224,6 +232,30 @@ class CpuProductStages(CpuStages):
         _passes.product_residual_relu_(*terms, shift, residual, out, mask, workspace)
 
     # Backward.
+
+    def fold_backward(
+        self,
+        weight: Tensor,
+        gamma: Tensor | None,
+        invstd: Tensor,
+        offset: Tensor,
+        centre: Tensor,
+        mean_d: Tensor | None,
+        weight_cov: Tensor | None,
+        a: Tensor,
+        s: Tensor,
+        sum_g: Tensor,
+        count: int,
+    ) -> FoldBackward:
+        if mean_d is None or weight_cov is None or not products_fit(weight.shape[1]):
+            arguments = weight, gamma, invstd, offset, centre, mean_d, weight_cov, a, s, sum_g
+            return super().fold_backward(*arguments, count)
+        rows = weight.flatten(1).contiguous()
+        state = _single(gamma), invstd, offset, mean_d, weight_cov
+        workspace = self._lend_product(rows, rows.shape[1])
+        grads = _passes.fold_backward_(rows, *state, a, s, sum_g, count, workspace)
+        dgamma, b, shift = grads
+        return FoldBackward(s, dgamma, torch.zeros_like(sum_g), OperandGrad(a, b, shift))
 
     def tail_wgrad(
         self, grad: MaskedGrad, operands: Sequence[Operand], weights: Sequence[Tensor]

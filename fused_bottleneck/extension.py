@@ -154,6 +154,16 @@ def _fake_masked_products(
     return _column_vector(grad_out), grad_out.new_empty(grad_out.shape[1], d.shape[1])
 
 
+def _fake_fold_product(weight: Tensor, *args: object) -> tuple[Tensor, ...]:
+    vectors = [weight.new_empty(weight.shape[0]) for _ in range(5)]
+    return torch.empty_like(weight), *vectors, weight.new_empty((), dtype=torch.float64)
+
+
+def _fake_fold_backward(weight: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+    width, k = weight.shape
+    return weight.new_empty(width), weight.new_empty(k, k), weight.new_empty(k)
+
+
 def _fake_product_vectors(a: Tensor, weight: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     return _column_vector(weight), _column_vector(weight)
 
@@ -183,6 +193,8 @@ _FAKES: dict[str, Callable[..., object]] = {
     "transposed_product": _fake_transposed_product,
     "gram": _fake_gram,
     "gram_in_double": _fake_gram,
+    "fold_product": _fake_fold_product,
+    "fold_backward_": _fake_fold_backward,
     "winograd_conv_": _fake_nothing,
     "winograd_weight_grad": _fake_winograd_weight_grad,
     "advise_huge_pages_": _fake_nothing,

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from . import extension
 
@@ -30,13 +29,13 @@ def uses_gram(device: str, dtype: torch.dtype, pixels: int, channels: int, width
 _MOST_CANCELLATION = 16
 
 
-def needs_double(independent: Tensor, var: Tensor) -> bool:
-    """Whether variances ``[W]`` from a covariance in float32 are differences of much larger terms.
+def needs_double(cancellation: float) -> bool:
+    """Whether variances from a covariance in float32 are differences of much larger terms.
 
-    independent: what they would be if the operand's channels did not go together. Rounding leaves
-    an error of some 1e-7 of that.
+    cancellation: the largest ratio of what one would be, did the operand's channels not go
+    together, to what it is. Rounding leaves an error of some 1e-7 of the former.
     """
-    return bool((independent > _MOST_CANCELLATION * var).any())
+    return cancellation > _MOST_CANCELLATION
 
 
 @cache

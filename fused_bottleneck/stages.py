@@ -134,9 +134,9 @@ def gram_sums(d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def covariance(sum_d: Tensor, s: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Mean ``[K]`` and biased covariance ``[K, K]`` of count rows, from ``gram_sums``."""
-    mean = sum_d / count
-    return mean, s / count - torch.outer(mean, mean)
+    """Mean ``[K]`` and biased covariance ``[K, K]`` of count rows, from ``gram_sums``, in place."""
+    mean = sum_d.div_(count)
+    return mean, s.div_(count).addr_(mean, mean, alpha=-1)
 
 
 def _per_channel(v: Tensor) -> Tensor:

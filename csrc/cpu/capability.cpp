@@ -2,6 +2,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "fold.h"
 #include "kernels.h"
 #include "products.h"
 #include "winograd.h"
@@ -49,14 +50,16 @@ Capability choose() {
   const Kernels* const tables[] = {isa_default::kernels, isa_avx2::kernels, isa_avx512::kernels};
   const ProductKernels* const products[] = {nullptr, &isa_avx2::product_kernels,
                                             &isa_avx512::product_kernels};
+  const FoldKernels* const folds[] = {nullptr, &isa_avx2::fold_kernels, &isa_avx512::fold_kernels};
   const WinogradKernels* const winograd[] = {nullptr, isa_avx2::winograd_kernels,
                                              isa_avx512::winograd_kernels};
 #else
   const Kernels* const tables[] = {isa_default::kernels};
   const ProductKernels* const products[] = {nullptr};
+  const FoldKernels* const folds[] = {nullptr};
   const WinogradKernels* const winograd[] = {nullptr};
 #endif
-  return {kNames[level], tables[level], products[level], winograd[level]};
+  return {kNames[level], tables[level], products[level], folds[level], winograd[level]};
 }
 
 }  // namespace

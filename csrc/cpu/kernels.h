@@ -101,11 +101,13 @@ extern const Kernels kernels[kDtypes];
 // FUSED_BOTTLENECK_CPU_CAPABILITY (default | avx2 | avx512). Chosen at the first call; throws on
 // an unknown value of the variable.
 struct ProductKernels;
+struct FoldKernels;
 struct WinogradKernels;
 struct Capability {
   const char* name;
   const Kernels* kernels;
   const ProductKernels* products;   // null: this instruction set has none
+  const FoldKernels* folds;         // null where products is
   const WinogradKernels* winograd;  // by WinogradScheme; null where products is
 };
 const Capability& capability();

@@ -286,6 +286,7 @@ const Kernels kernels[kDtypes] = {kernels_of<float>, kernels_of<double>, kernels
 
 #if FUSED_BOTTLENECK_VECTOR_BYTES >= 32
 #include "products_impl.h"
+#include "fold_impl.h"
 #include "winograd_impl.h"
 #endif
 

@@ -6,114 +6,11 @@
 
 #include <algorithm>
 #include <tuple>
-#include <vector>
 
-#include "product_operands.h"
+#include "pixel_product.h"
 
 namespace fused_bottleneck::cpu {
 namespace {
-
-// left^T right, left [rows, wide] and right [rows, narrow]: float32 within a block and over few, or
-// double. Symmetric: left and right are the same; its sums are those of a covariance, double.
-class PixelProduct {
- public:
-  PixelProduct(int64_t rows, int64_t wide, int64_t narrow, const Split& split,
-               bool symmetric = false, bool in_double = false)
-      : split(split),
-        blocks(pixel_blocks(rows, split)),
-        left_rows(left_stride(blocks.block)),
-        right_rows(right_stride(blocks.block)),
-        wide_(wide),
-        narrow_(narrow),
-        symmetric_(symmetric),
-        in_double_(in_double),
-        float_sums_(!symmetric && has_few_blocks(blocks)) {}
-
-  // Takes the panels of all threads and the sums.
-  void take(Workspace& workspace) {
-    floats_ = pixel_floats(blocks, wide_, narrow_);
-    panels_ = workspace.take<float>(blocks.threads * split.channel_parts * floats_);
-    sums_ = workspace.take_sums(blocks.threads * sums_step(), float_sums_);
-  }
-
-  // A thread's panels, and behind them room for values.
-  float* left(const Block& block) const { return panels_ + block.worker * floats_; }
-  float* right(const Block& block) const { return left(block) + wide_ * left_rows; }
-  float* values(const Block& block) const { return right(block) + narrow_ * right_rows; }
-
-  // The wide channels of the block's thread.
-  ChannelRange channels(const Block& block) const {
-    return ChannelRange(wide_, split.channel_parts, block.part);
-  }
-
-  // Adds the product of the panels of a block, and fetches the next rows of their sources.
-  void add(const Block& block, const float* wide, const float* narrow) const {
-    const ChannelRange range = channels(block);
-    const bool whole = split.channel_parts == 1;
-    kernels_in_use().accumulate(
-        {0,
-         block.rows,
-         range.size(),
-         narrow_,
-         left(block),
-         left_rows,
-         right(block),
-         right_rows,
-         in_double_,
-         symmetric_,
-         block.first,
-         sums_ + block.share * sums_step() + range.begin * narrow_,
-         {whole ? next_rows(block, wide, wide_) : Ahead{}, next_rows(block, narrow, narrow_)}});
-  }
-
-  // [wide, narrow], or [narrow, wide] if transposed; on the device of `like`.
-  Tensor total(const Tensor& like, bool transposed) const {
-    const std::vector<int64_t> sizes =
-        transposed ? std::vector<int64_t>{narrow_, wide_} : std::vector<int64_t>{wide_, narrow_};
-    Tensor out = torch::stable::new_empty(like, sizes, ScalarType::Float);
-    unpack({static_cast<float*>(out.mutable_data_ptr()), nullptr}, transposed);
-    return out;
-  }
-
-  Tensor symmetric_total(const Tensor& like) const {
-    Tensor out = torch::stable::new_empty(like, {wide_, wide_}, ScalarType::Double);
-    double* to = static_cast<double*>(out.mutable_data_ptr());
-    unpack({nullptr, to}, false);
-    torch::stable::parallel_for(0, wide_ / kLeft, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin * kLeft; i < end * kLeft; i += kLeft)
-        for (int64_t j = 0; j < i + kLeft; ++j)
-          for (int64_t k = std::max(i, j + 1); k < i + kLeft; ++k)
-            to[k * wide_ + j] = to[j * wide_ + k];
-    });
-    return out;
-  }
-
-  const Split split;
-  const Blocks blocks;
-  const int64_t left_rows, right_rows;  // of the panels
-
- private:
-  int64_t sums_step() const { return round_up(wide_ * narrow_, kAlignment); }
-
-  static Ahead next_rows(const Block& block, const float* matrix, int64_t channels) {
-    if (matrix == nullptr) return {};
-    return {matrix + (block.begin + block.rows) * channels,
-            block.next_rows * channels * static_cast<int64_t>(sizeof(float))};
-  }
-
-  void unpack(const Sums& out, bool transposed) const {
-    torch::stable::parallel_for(0, wide_ / kLeft, 8, [&](int64_t begin, int64_t end) {
-      kernels_in_use().unpack_sums({begin * kLeft, end * kLeft, narrow_, sums_, blocks.threads,
-                                    sums_step(), symmetric_, transposed ? 1 : narrow_,
-                                    transposed ? wide_ : 1, out});
-    });
-  }
-
-  int64_t wide_, narrow_, floats_ = 0;
-  bool symmetric_, in_double_, float_sums_;
-  float* panels_ = nullptr;
-  Sums sums_;
-};
 
 Tensor transposed_product(const Tensor& a, const Tensor& b, const Tensor& lent) {
   constexpr const char* op = "transposed_product";
@@ -145,7 +42,7 @@ std::tuple<Tensor, Tensor> symmetric_product(const char* op, const Tensor& d, co
   const int64_t rows = matrix_rows(d), channels = matrix_channels(d);
   const float* source = product_matrix(op, "d", d, rows);
   const Split split = Split::by_rows(channels * channels);
-  PixelProduct product(rows, channels, channels, split, true, in_double);
+  PixelProduct product(rows, channels, channels, split, Symmetry::covariance, in_double);
   Workspace workspace(op, lent, workspace_bytes(rows, channels, channels));
   product.take(workspace);
   const int64_t threads = product.blocks.threads;
@@ -164,7 +61,7 @@ std::tuple<Tensor, Tensor> symmetric_product(const char* op, const Tensor& d, co
   Tensor sum_d = torch::stable::new_empty(d, {channels}, ScalarType::Double);
   std::copy_n(add_parts(channels, threads, thread_sums), channels,
               static_cast<double*>(sum_d.mutable_data_ptr()));
-  return {sum_d, product.symmetric_total(d)};
+  return {sum_d, product.symmetric_total<double>(d)};
 }
 
 std::tuple<Tensor, Tensor> gram(const Tensor& d, const Tensor& workspace) {

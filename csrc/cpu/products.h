@@ -32,7 +32,8 @@ struct PackRows {
   int64_t stride;       // of the panels, in rows; at least `rows` (left: rounded up)
   const uint8_t* mask;  // left only, whole rows: elements without their bit are zero; or null
   float* panels;
-  double* sums;  // left only: column sums are added here; null: not wanted
+  double* sums;                   // left only: column sums are added here; null: not wanted
+  const float* scales = nullptr;  // right only: of the rows; null: one
 };
 
 // A weight seen as [depth, channels] with any strides: rows depth_begin .. of right panels whose

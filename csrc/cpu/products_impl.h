@@ -117,10 +117,12 @@ void pack_right(const PackRows& p) {
   for_each_panel(p.channels, [&](auto vectors, int64_t c) {
     constexpr int width = vectors * kVector;
     float* panel = p.panels + c * p.stride;
-    for (int64_t row = 0; row < p.rows; ++row)
+    for (int64_t row = 0; row < p.rows; ++row) {
+      const float scale = p.scales == nullptr ? 1.0f : p.scales[row];
       for (int v = 0; v < width; v += kVector)
         store(Float{}, panel + row * width + v,
-              load(Float{}, p.source + row * p.source_stride + c + v));
+              load(Float{}, p.source + row * p.source_stride + c + v) * scale);
+    }
   });
 }
 
