@@ -136,9 +136,34 @@ class CpuStages(PassStages):
         size = (operand.shape[2], operand.shape[3])
         height, width = geometry.output_size(*size, (weight.shape[2], weight.shape[3]))
         out = result_empty((operand.shape[0], weight.shape[0], height, width), operand.dtype, True)
+        self._conv_into(source, weight, geometry, out, 0)
+        return out
+
+    def _conv_into(
+        self,
+        source: Tensor | Activation,
+        weight: Tensor,
+        geometry: Geometry,
+        out: Tensor,
+        first: int,
+    ) -> None:
+        """``conv(source)`` from its first-th image on, into the same images of out."""
+        operand, out = self._operand(source)[first:], out[first:]
         for i, j in self._chunks(out, weight.numel()):
             out[i:j] = conv2d(operand[i:j], weight, geometry)
-        return out
+
+    def kept(self, y: Tensor) -> Tensor:
+        return self._result(y).copy_(y)
+
+    def conv_again(
+        self, source: Tensor | Activation, weight: Tensor, geometry: Geometry, kept: Tensor
+    ) -> Tensor:
+        count, first = self._operand(source).shape[0], kept.shape[0]
+        y = self._lease.take((count, *kept.shape[1:]), kept.dtype)
+        y[:first] = kept
+        if first < count:
+            self._conv_into(source, weight, geometry, y, first)
+        return y
 
     def _tail_shape(self, source: TailSource) -> tuple[int, ...]:
         if isinstance(source, Tensor):

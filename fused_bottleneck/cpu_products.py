@@ -110,13 +110,19 @@ class CpuProductStages(CpuStages):
 
     # Forward.
 
-    def conv(self, source: Tensor | Activation, weight: Tensor, geometry: Geometry) -> Tensor:
+    def _conv_into(
+        self,
+        source: Tensor | Activation,
+        weight: Tensor,
+        geometry: Geometry,
+        out: Tensor,
+        first: int,
+    ) -> None:
         if not _is_product(weight, geometry):
-            return super().conv(source, weight, geometry)
-        operand, out = self._product_operands(source, weight, geometry)
+            return super()._conv_into(source, weight, geometry, out, first)
+        operand, out = self._seen(source, geometry)[first:], out[first:]
         workspace = self._lend_product(operand, weight.shape[0])
         _passes.product_(operand, weight.flatten(1).t(), out, workspace)
-        return out
 
     def conv_forward(
         self, source: Tensor | Activation, weight: Tensor, geometry: Geometry
@@ -131,7 +137,9 @@ class CpuProductStages(CpuStages):
                 return out, self._moments(out)
         if not _is_product(weight, geometry):
             return super().conv_forward(source, weight, geometry)
-        operand, out = self._product_operands(source, weight, geometry)
+        operand = self._seen(source, geometry)
+        n, _, h, w = operand.shape
+        out = result_empty((n, weight.shape[0], h, w), operand.dtype, True)
         workspace = self._lend_product(operand, weight.shape[0])
         mean, m2 = _passes.product_moments_(operand, weight.flatten(1).t(), out, workspace)
         return out, Moments(mean, m2 / pixels(out))
@@ -155,14 +163,6 @@ class CpuProductStages(CpuStages):
         workspace = self._lend_winograd(out, x.shape[1], stride, transposed)
         arguments = _nhwc(x), weight, stride, transposed, _nhwc(out), workspace
         _passes.winograd_conv_(*arguments, *prologue)
-
-    def _product_operands(
-        self, source: Tensor | Activation, weight: Tensor, geometry: Geometry
-    ) -> tuple[Tensor, Tensor]:
-        """What a 1x1 convolution multiplies, and memory for its output."""
-        operand = self._seen(source, geometry)
-        n, _, h, w = operand.shape
-        return operand, result_empty((n, weight.shape[0], h, w), operand.dtype, True)
 
     def gram(self, operand: Operand) -> tuple[Tensor, Tensor]:
         """In float32 to begin with: fold may ask for more."""

@@ -121,7 +121,8 @@ def bottleneck_forward(
             operands.append(_downsample_operand(stages, x, units[3], pixels(act2.y), group))
         else:
             residuals.append(x if shortcut is None else shortcut)
-        tails = _tails_forward(stages, units[2:], operands, pixels(act2.y), group)
+        images = tail.kept_images(units[2:], x, act1.y, act2.y, group)
+        tails = _tails_forward(stages, units[2:], operands, pixels(act2.y), images, group)
         terms = [t.term for t in tails if t.term is not None]
         residuals += [t.added for t in tails if t.added is not None]
         out, mask = stages.tail_forward(terms, residuals, channels_last)
@@ -135,13 +136,14 @@ def _tails_forward(
     units: Sequence[Unit],
     operands: Sequence[Operand],
     count: int,
+    images: Sequence[int],
     group: str | None,
 ) -> list[TailForward]:
     """F3 and the folds."""
     if group is not None:
         return sync_tail.forward(units, stages, operands, count, group)
-    pairs = zip(units, operands, strict=True)
-    return [tail.forward(unit, stages, operand, count) for unit, operand in pairs]
+    rows = zip(units, operands, images, strict=True)
+    return [tail.forward(unit, stages, operand, count, kept) for unit, operand, kept in rows]
 
 
 def _require_agreement(x: Tensor, units: Sequence[Unit], group: str | None) -> None:

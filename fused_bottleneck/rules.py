@@ -26,6 +26,22 @@ def uses_gram(device: str, dtype: torch.dtype, pixels: int, channels: int, width
     return gram < 1.3 * pixels * width
 
 
+_MOST_KEPT_PERCENT = 54
+
+
+def images_to_keep(images: int, image: int, kept: int, plain: int) -> int:
+    """Of how many images of a wide output to keep their part, where backward needs the output.
+
+    As of many as leave the block at a given part of the bytes that the plain one keeps; those of
+    the others are computed again, which takes as long as the convolution does.
+
+    image: bytes of an image of that output. kept, plain: bytes that the block keeps without it, and
+    that the plain block keeps.
+    """
+    spare = plain * _MOST_KEPT_PERCENT // 100 - kept
+    return max(0, min(images, spare // image))
+
+
 _MOST_CANCELLATION = 16
 
 

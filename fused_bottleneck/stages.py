@@ -279,6 +279,16 @@ class Stages:
         y = conv2d(self._operand(source), weight, geometry)
         return y.contiguous(memory_format=torch.channels_last)
 
+    def kept(self, y: Tensor) -> Tensor:
+        """A copy of images to keep for backward, in channels_last memory."""
+        return y.clone(memory_format=torch.channels_last)
+
+    def conv_again(
+        self, source: Tensor | Activation, weight: Tensor, geometry: Geometry, kept: Tensor
+    ) -> Tensor:
+        """``conv(source)``, of which the first images were kept; not in their memory."""
+        return torch.cat([kept, self.conv(source, weight, geometry)[kept.shape[0] :]])
+
     def conv_forward(
         self, source: Tensor | Activation, weight: Tensor, geometry: Geometry
     ) -> tuple[Tensor, Moments]:

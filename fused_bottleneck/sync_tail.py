@@ -114,7 +114,7 @@ def _shared_backward(
     pixels: int,
 ) -> TailBackward:
     """shared: this rank's fraction of the sums of sum_g and dgamma over all ranks."""
-    invstd, _, centre, mean_d, weight_cov, deviation, _ = state
+    invstd, _, centre, mean_d, weight_cov, deviation = state[:6]
     assert centre is not None
     assert mean_d is not None
     assert weight_cov is not None

