@@ -1,5 +1,6 @@
 """The custom ops under torch's own checks: schema, fakes, no aliasing, no mutation."""
 
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -78,21 +79,38 @@ BLOCKS = {
 }
 
 
-def check(calls: list[Call], names: list[str]) -> None:
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+KERNELS = ("test_schema", "test_autograd_registration", "test_faketensor")
+# By far the slowest. It traces the fakes alone, which know of no implementation and treat layouts
+# alike in all blocks: one implementation, and the layouts in turn.
+DYNAMIC = ("test_aot_dispatch_dynamic",)
+in_one_implementation = pytest.mark.parametrize("backend", ["extension"], indirect=True)
+
+
+def check(calls: list[Call], names: list[str], utilities: tuple[str, ...]) -> None:
     assert [func.name().split("::")[1].split(".")[0] for func, _, _ in calls] == names
     for func, args, kwargs in calls:
-        opcheck(func, args, kwargs)
+        opcheck(func, args, kwargs, test_utils=utilities)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("block", BLOCKS)
-def test_opcheck_bottleneck(block: str, layout: torch.memory_format) -> None:
+def calls_of_block(block: str, layout: torch.memory_format) -> list[Call]:
     case, prepare = BLOCKS[block]
     module = prepare(case.module(FusedBottleneck))
     dtype = next(module.parameters()).dtype
-    x = case.input().to(dtype).contiguous(memory_format=layout)
-    check(recorded(module, x), OPS[:2])
+    return recorded(module, case.input().to(dtype).contiguous(memory_format=layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_opcheck_bottleneck(block: str, layout: torch.memory_format) -> None:
+    check(calls_of_block(block, layout), OPS[:2], KERNELS)
+
+
+@pytest.mark.slow
+@in_one_implementation
+@pytest.mark.parametrize(("block", "layout"), list(zip(BLOCKS, cycle(LAYOUTS))), ids=str)
+def test_opcheck_bottleneck_of_any_size(block: str, layout: torch.memory_format) -> None:
+    check(calls_of_block(block, layout), OPS[:2], DYNAMIC)
 
 
 UNITS = {
@@ -103,12 +121,23 @@ UNITS = {
 }
 
 
+def calls_of_unit(unit: str, training: bool) -> list[Call]:
+    module = FusedConvBNReLU(4, 6, **UNITS[unit], dtype=torch.float64).train(training)
+    randomise(module)
+    return recorded(module, torch.randn(2, 4, 6, 5, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("unit", UNITS)
 def test_opcheck_conv_bn_relu(unit: str, training: bool) -> None:
-    module = FusedConvBNReLU(4, 6, **UNITS[unit], dtype=torch.float64).train(training)
-    randomise(module)
-    check(recorded(module, torch.randn(2, 4, 6, 5, dtype=torch.float64)), OPS[2:])
+    check(calls_of_unit(unit, training), OPS[2:], KERNELS)
+
+
+@in_one_implementation
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("unit", UNITS)
+def test_opcheck_conv_bn_relu_of_any_size(unit: str, training: bool) -> None:
+    check(calls_of_unit(unit, training), OPS[2:], DYNAMIC)
 
 
 @pytest.mark.parametrize("name", OPS)
