@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers import IMPLEMENTATIONS
 from ranks import Pool
 
 from fused_bottleneck import cpu, extension, tail
@@ -88,7 +89,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-@pytest.fixture(params=["extension", "gram", "product", "torch"])
+@pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test with every way to compute a block."""
     use(request.param, monkeypatch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from fused_bottleneck import Bottleneck, FusedBottleneck
 
 Pair = tuple[int, int]
+
+# Every way to compute a block (conftest.use).
+IMPLEMENTATIONS = ["extension", "gram", "product", "torch"]
 
 # Enough for the scatter of errors from seed to seed to be known (see assert_criterion).
 CRITERION_SEEDS = {
@@ -267,6 +270,43 @@ def assert_criterion(
         assert excess.mean() <= doubt, (
             f"{name}: error {sizes}, over the limit by {excess.mean():.2g}"
         )
+
+
+class Trial(NamedTuple):
+    """A fused block, its input, and what the criterion holds its results against."""
+
+    fused: FusedBottleneck
+    x: Tensor
+    want: Result  # in float64
+    eager: dict[str, float]  # the plain block's errors
+    skip: frozenset[str]  # gradients that do not count
+
+
+def trial(
+    pair: tuple[Bottleneck, FusedBottleneck], x: Tensor, but: frozenset[str] = frozenset()
+) -> Trial:
+    """Of a plain and a fused block in the dtype of x; but: see Trial.skip.
+
+    The float64 oracle has their rounded parameters, buffers and input.
+    """
+    plain, fused = pair
+    want = run(in_dtype(plain, torch.float64), x.double())
+    skip = but | zero_gradients(fused) | noise_gradients(fused)
+    return Trial(fused, x, want, errors(run(plain, x), want, skip), skip)
+
+
+def assert_trials(trials: Sequence[Trial]) -> None:
+    """The criterion for the implementation in use; the trials are left as they are."""
+    rows = []
+    for fused, x, want, _, skip in trials:
+        fused = copy.deepcopy(fused)
+        assert fused.why_not_fused(x) is None
+        got = run(fused, x)
+        assert got.out.dtype == x.dtype
+        assert all(t.isfinite().all() for t in got.tensors().values())
+        assert not any(got.grads[name].any() for name in zero_gradients(fused))
+        rows.append(errors(got, want, skip))
+    assert_criterion(rows, [each.eager for each in trials], trials[0].x.dtype)
 
 
 T = TypeVar("T", Tensor, nn.Module)

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
 from helpers import (
     CRITERION_SEEDS,
+    IMPLEMENTATIONS,
     Case,
+    Trial,
     assert_criterion,
     assert_equal_float64,
+    assert_trials,
     channels_last,
     errors,
     grad_like,
@@ -18,6 +22,7 @@ from helpers import (
     norms_of,
     randomise,
     run,
+    trial,
     zero_gradients,
 )
 from torch import Tensor, nn
@@ -326,48 +331,42 @@ PRECISION_CASES = {
 LOW_PRECISIONS = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def compare_by_criterion(
-    case: Case,
-    dtype: torch.dtype,
-    mode: Callable[[Bottleneck], object],
-    norm_dtype: torch.dtype | None = None,
-) -> None:
-    """The criterion over several seeds; norm_dtype: the normalisations' where it is another."""
-    fused_errors, eager_errors = [], []
+# One after the other, so that `trials` computes what they are held against once for all of them.
+over_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
+
+
+@lru_cache(maxsize=1)
+def trials(
+    case: str, dtype: torch.dtype, mode: str, norm_dtype: torch.dtype | None = None
+) -> list[Trial]:
+    """Of several seeds; norm_dtype: the normalisations' where it is another."""
+    found = []
     for seed in CRITERION_SEEDS[dtype]:
-        reference, fused = case.pair(seed)
-        blocks = [channels_last(in_dtype(block, dtype)) for block in (reference, fused)]
-        for block in blocks:
-            mode(block)
+        pair = tuple(channels_last(in_dtype(b, dtype)) for b in PRECISION_CASES[case].pair(seed))
+        for block in pair:
+            MODES[mode](block)
             for norm in norms_of(block).values():
                 norm.to(norm_dtype)
-        x = channels_last(case.input(seed + 100).to(dtype))
-        assert blocks[1].why_not_fused(x) is None
-        # The oracle has the rounded parameters, buffers and input.
-        want = run(in_dtype(blocks[0], torch.float64), x.double())
-        for block, rows in zip(blocks, (eager_errors, fused_errors), strict=True):
-            got = run(block, x)
-            assert got.out.dtype == dtype
-            rows.append(errors(got, want, zero_gradients(block) | noise_gradients(block)))
-            for name in zero_gradients(block) if block is blocks[1] else ():
-                assert not got.grads[name].any(), name
-    assert_criterion(fused_errors, eager_errors, dtype)
+        x = PRECISION_CASES[case].input(seed + 100).to(dtype)
+        found.append(trial(pair, channels_last(x)))
+    return found
 
 
 @pytest.mark.slow
+@over_implementations
 @pytest.mark.parametrize("mode", ["train", "eval", "bn2 frozen"])
 @pytest.mark.parametrize("dtype", LOW_PRECISIONS, ids=str)
 @pytest.mark.parametrize("case", PRECISION_CASES)
 def test_error_is_not_above_eagers(case: str, dtype: torch.dtype, mode: str) -> None:
-    compare_by_criterion(PRECISION_CASES[case], dtype, MODES[mode])
+    assert_trials(trials(case, dtype, mode))
 
 
 @pytest.mark.slow
+@over_implementations
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_norms_with_half_convolutions(dtype: torch.dtype, mode: str) -> None:
-    case = PRECISION_CASES["conv, stride 2"]
-    compare_by_criterion(case, dtype, MODES[mode], norm_dtype=torch.float32)
+    assert_trials(trials("conv, stride 2", dtype, mode, norm_dtype=torch.float32))
 
 
 def test_fresh_network() -> None:

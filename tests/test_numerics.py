@@ -1,14 +1,18 @@
 """Hard numerics: large means, constant channels, NaN and Inf, and the same bits every time."""
 
 from collections.abc import Callable
+from functools import cache, lru_cache
 
 import pytest
 import torch
 from helpers import (
     CRITERION_SEEDS,
+    IMPLEMENTATIONS,
     Case,
+    Trial,
     assert_criterion,
     assert_equal_float64,
+    assert_trials,
     channels_last,
     errors,
     in_dtype,
@@ -16,6 +20,7 @@ from helpers import (
     randomise,
     relative_error,
     run,
+    trial,
     zero_gradients,
 )
 from tolerances import FLOAT64_DEGENERATE, float64_offset
@@ -47,35 +52,35 @@ def compare_float64(
     assert_equal_float64(run(fused, x), expected, zero_gradients(fused), tolerance=tolerance)
 
 
-def compare_by_criterion(
-    case: Case,
+# One after the other, so that `trials` computes what they are held against once for all of them.
+over_implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS, indirect=True)
+
+
+def unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+@lru_cache(maxsize=1)
+def trials(
+    case: str,
     dtype: torch.dtype,
     prepare: Callable[[Bottleneck], None],
-    change: Callable[[Tensor], Tensor] = lambda x: x,
+    change: Callable[[Tensor], Tensor] = unchanged,
     but: frozenset[str] = frozenset(),
-) -> None:
-    """Error against float64 not above eager's, over several seeds.
-
-    change: of the input; but: parameters whose gradients are left out.
-    """
-    fused_errors, eager_errors = [], []
+) -> list[Trial]:
+    """Of several seeds. change: of the input; but: parameters whose gradients are left out."""
+    found = []
     for seed in CRITERION_SEEDS[dtype]:
-        pair = case.pair(seed)
+        pair = WIDE[case].pair(seed)
         for block in pair:
             prepare(block)
-        pair = [channels_last(in_dtype(block, dtype)) for block in pair]
+        pair = tuple(channels_last(in_dtype(block, dtype)) for block in pair)
         for block in pair:
             for norm in norms_of(block).values():
                 norm.float()
-        x = channels_last(change(case.input(seed + 30)).to(dtype))
-        assert pair[1].why_not_fused(x) is None
-        want = run(in_dtype(pair[0], torch.float64), x.double())
-        for block, rows in zip(pair, (eager_errors, fused_errors), strict=True):
-            got = run(block, x)
-            if block is pair[1]:
-                assert all(t.isfinite().all() for t in got.tensors().values())
-            rows.append(errors(got, want, zero_gradients(block) | but))
-    assert_criterion(fused_errors, eager_errors, dtype)
+        x = change(WIDE[case].input(seed + 30)).to(dtype)
+        found.append(trial(pair, channels_last(x), but))
+    return found
 
 
 # Inputs whose mean is large against their deviation.
@@ -162,6 +167,7 @@ def test_variance_of_an_offset_output(offset: float) -> None:
 # The centre of the operand: beta2 far from zero against gamma2.
 
 
+@cache  # equal arguments give one function, by which `trials` finds what it has
 def far_beta(beta: float, gamma: float) -> Callable[[Bottleneck], None]:
     def prepare(block: Bottleneck) -> None:
         torch.manual_seed(3)
@@ -185,13 +191,14 @@ def test_far_beta_float64(beta: float, gamma: float, case: str) -> None:
 
 
 @pytest.mark.slow
+@over_implementations
 @over_cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("beta", "gamma"), FAR)
 def test_far_beta_by_the_criterion(
     beta: float, gamma: float, dtype: torch.dtype, case: str
 ) -> None:
-    compare_by_criterion(WIDE[case], dtype, far_beta(beta, gamma))
+    assert_trials(trials(case, dtype, far_beta(beta, gamma)))
 
 
 def frozen_far_from_its_input(block: Bottleneck) -> None:
@@ -204,11 +211,12 @@ def frozen_far_from_its_input(block: Bottleneck) -> None:
 
 
 @pytest.mark.slow
+@over_implementations
 @over_cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_frozen_norm_far_from_its_input(dtype: torch.dtype, case: str) -> None:
     """Then bn2.bias is no centre of the operand, but the covariance still feeds a variance."""
-    compare_by_criterion(WIDE[case], dtype, frozen_far_from_its_input)
+    assert_trials(trials(case, dtype, frozen_far_from_its_input))
 
 
 def test_far_beta_is_better_than_eager() -> None:
@@ -243,12 +251,18 @@ def correlated(block: Bottleneck) -> None:
             conv.weight.sub_(conv.weight.mean(1, keepdim=True))
 
 
+def like_the_first(x: Tensor) -> Tensor:
+    """Channels that are nearly equal."""
+    return x[:, :1] + 1e-2 * x
+
+
+@over_implementations
 @over_cases
 def test_correlated_channels(case: str) -> None:
     """But for the tail's dgamma: it comes of S W, with S in float32, whose rounding no sum over
     pixels averages as it does xhat's in the plain block; 1.7 times its error here, of 1e-5."""
     tail = frozenset({"bn3.weight", "identity_downsample.1.weight"})
-    compare_by_criterion(WIDE[case], torch.float32, correlated, lambda x: x[:, :1] + 1e-2 * x, tail)
+    assert_trials(trials(case, torch.float32, correlated, like_the_first, tail))
 
 
 @pytest.mark.skipif(not extension.has_products(), reason="no fused products for this CPU")
@@ -269,19 +283,20 @@ def test_covariance_is_taken_in_double_where_its_terms_cancel(
     x = WIDE["identity"].input().float()
     block(x)
     correlated(block)
-    block(x[:, :1] + 1e-2 * x)
+    block(like_the_first(x))
     assert taken == ["gram", "gram", "gram_in_double"]
 
 
+def letterboxed(x: Tensor) -> Tensor:
+    x = 1000 + 0.1 * x
+    x[0, :, :8, :8] = 0
+    return x
+
+
+@over_implementations
 def test_input_whose_corner_is_another_world() -> None:
     """As behind a letterboxed first image: no few pixels may stand for the mean of all."""
-
-    def letterboxed(x: Tensor) -> Tensor:
-        x = 1000 + 0.1 * x
-        x[0, :, :8, :8] = 0
-        return x
-
-    compare_by_criterion(WIDE["conv, stride 2"], torch.float32, without_flips, letterboxed)
+    assert_trials(trials("conv, stride 2", torch.float32, without_flips, letterboxed))
 
 
 # Degenerate channels.
