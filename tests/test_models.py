@@ -71,9 +71,10 @@ SLOW: dict[str, tuple[str, int, dict[str, Any], int]] = {
     ),
     "smp Unet": ("segmentation_models_pytorch.Unet('resnet50')", 64, {}, 10),
 }
+# The blocks alone, and then with the stem; all at once where a step takes long.
 CASES = [
-    *(pytest.param(*case, id=name) for name, case in COMPARED.items()),
-    *(pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in SLOW.items()),
+    *(pytest.param(*case, [False, True], id=name) for name, case in COMPARED.items()),
+    *(pytest.param(*case, [True], id=name, marks=pytest.mark.slow) for name, case in SLOW.items()),
 ]
 
 
@@ -81,13 +82,15 @@ def stems_of(model: nn.Module) -> list[FusedChain]:
     return [module for module in model.modules() if isinstance(module, FusedChain)]
 
 
-@pytest.mark.parametrize(("name", "size", "options", "stems"), CASES)
-def test_training_step(name: str, size: int, options: dict[str, Any], stems: int) -> None:
-    """Output, every gradient and all running statistics, in float64; then with stem=True."""
+@pytest.mark.parametrize(("name", "size", "options", "stems", "ways"), CASES)
+def test_training_step(
+    name: str, size: int, options: dict[str, Any], stems: int, ways: list[bool]
+) -> None:
+    """Output, every gradient and all running statistics, in float64; ways: values of stem."""
     model = model_of(name, **options)
     x = images(2, size)
     want = step(model, x)
-    for stem in (False, True):
+    for stem in ways:
         # One model takes all steps, but for the statistics.
         for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
             norm.reset_running_stats()
