@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "../stable_utils.h"
 #include "kernels.h"
@@ -63,6 +65,9 @@ struct Blocks {
   }
 
   int64_t share_begin(int64_t thread) const { return rows * thread / threads; }
+  int64_t in_share(int64_t thread) const {
+    return (share_begin(thread + 1) - share_begin(thread) + block - 1) / block;
+  }
   int64_t count() const { return threads * per_thread; }
 
   int64_t rows, threads, per_thread, block;
@@ -83,6 +88,16 @@ struct Block {
   int64_t next_rows;  // of the block after it
 };
 
+// The i-th block of a share, for a worker.
+inline Block block_of(const Blocks& blocks, int64_t worker, int64_t share, int64_t part,
+                      int64_t i) {
+  const int64_t end = blocks.share_begin(share + 1);
+  const int64_t row = blocks.share_begin(share) + i * blocks.block;
+  const int64_t rows = std::min(blocks.block, end - row);
+  const int64_t next_rows = std::min(blocks.block, end - row - rows);
+  return {worker, share, part, share * blocks.per_thread + i, row, rows, i == 0, next_rows};
+}
+
 // body(Block) for all blocks of every part of the channels; those of one thread in order. A share
 // may have fewer blocks than per_thread: then some numbers are not used.
 template <class Body>
@@ -91,12 +106,8 @@ void parallel_blocks(const Blocks& blocks, int64_t channel_parts, const Body& bo
       0, blocks.threads * channel_parts, 1, [&](int64_t first, int64_t last) {
         for (int64_t worker = first; worker < last; ++worker) {
           const int64_t share = worker % blocks.threads, part = worker / blocks.threads;
-          const int64_t begin = blocks.share_begin(share), end = blocks.share_begin(share + 1);
-          for (int64_t row = begin, i = 0; row < end; row += blocks.block, ++i) {
-            const int64_t rows = std::min(blocks.block, end - row);
-            body(Block{worker, share, part, share * blocks.per_thread + i, row, rows, i == 0,
-                       std::min(blocks.block, end - row - rows)});
-          }
+          for (int64_t i = 0; i < blocks.in_share(share); ++i)
+            body(block_of(blocks, worker, share, part, i));
         }
       });
 }
@@ -104,6 +115,21 @@ void parallel_blocks(const Blocks& blocks, int64_t channel_parts, const Body& bo
 template <class Body>
 void parallel_blocks(const Blocks& blocks, const Body& body) {
   parallel_blocks(blocks, 1, body);
+}
+
+// The same where a block's result does not depend on who computes it: a thread that is done with
+// its share goes on with what is left of the others'.
+template <class Body>
+void parallel_free_blocks(const Blocks& blocks, const Body& body) {
+  std::vector<std::atomic<int64_t>> next(blocks.threads);
+  torch::stable::parallel_for(0, blocks.threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t worker = first; worker < last; ++worker)
+      for (int64_t k = 0; k < blocks.threads; ++k) {
+        const int64_t share = (worker + k) % blocks.threads;
+        for (int64_t i = next[share]++; i < blocks.in_share(share); i = next[share]++)
+          body(block_of(blocks, worker, share, 0, i));
+      }
+  });
 }
 
 // Left channels [begin, end) of one part: whole panels, and whole vectors of any instruction set,

@@ -44,7 +44,7 @@ class Product {
     const int64_t floats = product_floats(blocks, depth_, channels);
     float* panels = workspace.take<float>(blocks.threads * floats);
     const int64_t stride = left_stride(blocks.block);
-    parallel_blocks(blocks, [&](const Block& block) {
+    parallel_free_blocks(blocks, [&](const Block& block) {
       float* left = panels + block.worker * floats;
       float* values = left + depth_ * stride;
       float* next = left;

@@ -303,7 +303,7 @@ void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool 
   for (int64_t first = 0; first < channels; first += plan.slice) {
     const int64_t slice = std::min(plan.slice, channels - first);
     pack_weight(kernels, weight, transposed, turned, first, slice, right, plan.weight);
-    parallel_blocks(plan.blocks, [&](const Block& block) {
+    const auto compute = [&](const Block& block) {
       float* left = arrays + block.worker * plan.thread_floats();
       float* values = left + plan.positions * plan.panel;
       const TileRange range = tile_range(from, to, block, kernels.outputs);
@@ -324,7 +324,13 @@ void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool 
                            {}});
       }
       kernels.transform_output({range, values, plan.value, first, slice, y});
-    });
+    };
+    // The next slice finds the transformed input where this one left it.
+    if (plan.slice < channels) {
+      parallel_blocks(plan.blocks, compute);
+    } else {
+      parallel_free_blocks(plan.blocks, compute);
+    }
   }
 }
 
