@@ -170,7 +170,7 @@ def bottleneck(
     ``bn(conv(x))`` of the downsample, or shortcut, or x. Statistics, gradients and running
     statistics are those of the unfused block; the wide intermediates are never stored, and what
     is kept for backward is x, the two narrow convolution outputs, one bit per output element and
-    small statistics.
+    small statistics; on CPU, in blocks of few pixels, part of a wide output too (tail.py).
 
     Args:
         x: ``[N, C, H, W]``, float64, float32, bfloat16 or float16, any strides.

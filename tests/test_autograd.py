@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-from fused_bottleneck import BatchNorm, Conv, FusedBottleneck, bottleneck, conv_bn_relu
+from fused_bottleneck import BatchNorm, Conv, FusedBottleneck, bottleneck, conv_bn_relu, rules
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -481,6 +481,29 @@ def test_memory_kept_for_backward(
     if implementation != "product" or not training:
         assert kept <= tensors + vectors + matrices
     assert kept <= SAVED_MEMORY_RATIO * saved_bytes(reference, x)
+
+
+@pytest.mark.parametrize("case", ["identity", "downsample"])
+def test_kept_images_make_no_difference(
+    case: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None, those that there is room for, and all: what is kept is what would be computed again."""
+    if implementation != "product":
+        pytest.skip("keeps no images")
+    shape = Case(16, 16, 2, "conv") if case == "downsample" else Case(64, 16)
+    fused, x = shape.module(FusedBottleneck).float(), shape.input().float()
+    found = []
+    for percent in (0, 55, 1000):
+        monkeypatch.setattr(rules, "_MOST_KEPT_PERCENT", percent)
+        fused.zero_grad()
+        source = leaf(x)
+        for _ in range(2):  # the kept images are there for another backward
+            out = fused(source)
+            out.square().sum().backward(retain_graph=True)
+            out.square().sum().backward()
+        found.append([source.grad, *(p.grad for p in fused.parameters())])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[2], found[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, contextlib.nullcontext])
