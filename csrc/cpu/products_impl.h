@@ -218,6 +218,15 @@ class Prefetcher {
 // Depth that is summed in one chain; the error of a sum grows with the length of its chains.
 constexpr int64_t kDepthChain = 512;
 
+// The lines that a tile will write, so much of the depth before its end.
+constexpr int64_t kValuesAhead = 2 * kLeft;
+
+template <int Vectors>
+FB_INLINE void prefetch_values(const float* values, int64_t channels) {
+  for (int r = 0; r < kTileRows; ++r)
+    for (int v = 0; v < Vectors; ++v) __builtin_prefetch(values + r * channels + v * kVector, 1);
+}
+
 // Depth [begin, end) of one tile: into the values, or added to them.
 template <int Vectors>
 FB_INLINE void multiply_tile(const Multiply& p, int64_t row, int64_t c, int64_t begin, int64_t end,
@@ -225,14 +234,16 @@ FB_INLINE void multiply_tile(const Multiply& p, int64_t row, int64_t c, int64_t 
   Tile<kTileRows, Vectors> tile{};
   const float* left = p.left + begin * p.left_stride + row * kLeft;
   const float* right = p.right + c * p.depth + begin * (Vectors * kVector);
+  float* values = p.values + row * p.channels + c;
   for (int64_t k = begin; k < end; k += kLeft, left += p.left_stride * kLeft) {
     ahead.step();
+    if (k == end - kValuesAhead) prefetch_values<Vectors>(values, p.channels);
 #pragma GCC unroll 8
     for (int i = 0; i < kLeft; ++i, right += Vectors * kVector) step(tile, left + i, kLeft, right);
   }
   for (int r = 0; r < kTileRows; ++r)
     for (int v = 0; v < Vectors; ++v) {
-      float* value = p.values + (row + r) * p.channels + c + v * kVector;
+      float* value = values + r * p.channels + v * kVector;
       write(value, begin == 0 ? tile.at[r][v] : read<FloatVector>(value) + tile.at[r][v]);
     }
 }
