@@ -147,24 +147,24 @@ def kept_images(
     narrow = y1.numel() + y2.numel()
     plain = item * (x.numel() + 2 * narrow + (len(units) + 1) * wide)
     kept = item * (x.numel() + narrow) + wide // 8
-    kept += _coefficient_bytes(units, y1, y2, group)
+    kept += _coefficient_bytes(units, y1, y2)
     result = []
     for unit in reversed(units):
         image, images = item * wide // y2.shape[0], 0
-        if not is_folded(unit.weight, unit.batch, count, group):
+        if not is_folded(unit.weight, unit.batch, count, None):
             images = images_to_keep(y2.shape[0], image, kept, plain)
         kept += images * image
         result.append(images)
     return result[::-1]
 
 
-def _coefficient_bytes(units: Sequence[Unit], y1: Tensor, y2: Tensor, group: str | None) -> int:
-    """Of the vectors and matrices that are kept of all units."""
+def _coefficient_bytes(units: Sequence[Unit], y1: Tensor, y2: Tensor) -> int:
+    """Of the vectors and matrices that are kept of all units, without a group."""
     elements = 2 * (y1.shape[1] + y2.shape[1])
     for unit in units:
         width, channels = unit.weight.shape[:2]
         elements += 2 * (width + channels)
-        if has_gram(unit.weight, unit.batch, y2.numel() // y2.shape[1], group):
+        if has_gram(unit.weight, unit.batch, y2.numel() // y2.shape[1], None):
             elements += width * channels
     return elements * algebra.accumulation_dtype(y2.dtype).itemsize
 
