@@ -450,7 +450,7 @@ def test_transpose(dtype: torch.dtype) -> None:
             torch.testing.assert_close(out, x.transpose(1, 2), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("rows", [256, 100])
+@pytest.mark.parametrize("rows", [256, 80, 100])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.usefixtures("restore_threads")
 def test_transpose_past_the_caches(rows: int, offset: int) -> None:
