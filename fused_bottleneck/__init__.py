@@ -1,4 +1,4 @@
-"""Fused ResNet bottleneck blocks: drop-in modules whose wide intermediates never reach memory."""
+"""Fused ResNet bottleneck blocks: drop-in modules that do not keep their wide intermediates."""
 
 from . import extension
 from .bottleneck import FusedBottleneck

@@ -18,7 +18,6 @@ statistics (eval mode, frozen) it uses given ones, and the terms that come from 
 statistics vanish.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -67,9 +66,6 @@ def bn_backward_coefficients(
 
 
 # A 1x1 convolution followed by a normalisation, folded into one product (conv3+bn3, downsample).
-
-
-MatrixProduct = Callable[[Tensor, Tensor], Tensor]
 
 
 def folded_variance(weight: Tensor, weight_cov: Tensor) -> Tensor:
@@ -265,7 +261,6 @@ def folded_operand_grad(
     sum_g: Tensor,
     dgamma: Tensor,
     count: int,
-    product: MatrixProduct = torch.matmul,
 ) -> OperandGrad:
     """Gradient of the operand as one product over ``[g | D]``.
 
@@ -277,7 +272,7 @@ def folded_operand_grad(
     if mean_d is None:
         return OperandGrad(a, None, None)
     k = folded_factor(scale, invstd, dgamma, count)
-    b = product(weight.t(), -k[:, None] * weight).to(a.dtype)
+    b = (weight.t() @ (-k[:, None] * weight)).to(a.dtype)
     return OperandGrad(a, b, operand_shift(a, b, sum_g, mean_d, count))
 
 
@@ -313,7 +308,6 @@ def fold_backward(
     s: Tensor,
     sum_g: Tensor,
     count: int,
-    product: MatrixProduct = torch.matmul,
 ) -> FoldBackward:
     """From ``S = g^T D`` and sum_g over count pixels to a folded unit's gradients, for a weight in
     the compute dtype. mean_d and weight_cov None: fixed statistics.
@@ -324,8 +318,6 @@ def fold_backward(
     scale = bn_scale(gamma, invstd)
     dgamma = folded_dgamma(matrix, invstd, offset, s, sum_g)
     dweight = folded_dweight(scale, invstd, centre, mean_d, weight_cov, s, sum_g, dgamma)
-    coefficients = folded_operand_grad(
-        matrix, a, scale, invstd, mean_d, sum_g, dgamma, count, product
-    )
+    coefficients = folded_operand_grad(matrix, a, scale, invstd, mean_d, sum_g, dgamma, count)
     dbias = scale * sum_g if mean_d is None else torch.zeros_like(sum_g)
     return FoldBackward(dweight, dgamma, dbias, coefficients)

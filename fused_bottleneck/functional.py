@@ -168,7 +168,7 @@ def bottleneck(
 
     ``relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + residual)``; the residual is
     ``bn(conv(x))`` of the downsample, or shortcut, or x. Statistics, gradients and running
-    statistics are those of the unfused block; the wide intermediates are never stored, and what
+    statistics are those of the unfused block; the wide intermediates are not kept, and what
     is kept for backward is x, the two narrow convolution outputs, one bit per output element and
     small statistics; on CPU, in blocks of few pixels, part of a wide output too (tail.py).
 

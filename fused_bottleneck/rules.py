@@ -15,9 +15,9 @@ def uses_gram(device: str, dtype: torch.dtype, pixels: int, channels: int, width
     On CPU arithmetic decides, counted in products with a [channels] vector: half a symmetric
     product over the pixels, and one with [channels, channels] coefficients; two of the weight with
     such; against computing the output once more and the passes over it. What leads to a variance
-    is in float64, at 0.4 of the rate, but in this library's products (see ``needs_double``), where
-    the second of the weight is half a product, and of the output only a part is computed again
-    (``images_to_keep``): about as much less on both sides.
+    is in float64, at 0.4 of the rate, but in this library's products (see ``needs_double``). Not
+    counted: there the second of the weight is half a product, and of the output only a part is
+    computed again (``images_to_keep``).
     Elsewhere memory decides, and the gram way always moves less of it.
     """
     if device != "cpu":

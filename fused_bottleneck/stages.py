@@ -251,10 +251,6 @@ class Stages:
         var, mean = torch.var_mean(matrix(y).to(accumulation_dtype(y.dtype)), 0, correction=0)
         return Moments(mean, var)
 
-    def _matrix_product(self, a: Tensor, b: Tensor) -> Tensor:
-        """``a b`` of coefficient matrices."""
-        return a @ b
-
     # Forward.
 
     def channels_last(self, t: Tensor) -> Tensor:
@@ -411,7 +407,6 @@ class Stages:
             s,
             sum_g,
             count,
-            self._matrix_product,
         )
 
     def tail_wgrad(
