@@ -19,7 +19,8 @@
 namespace fused_bottleneck::cpu {
 namespace {
 
-// Elements of a tile's side: four cache lines of 32-bit ones. With two it takes up to twice as long.
+// Elements of a tile's side: four cache lines of 32-bit ones. With two it takes up to twice as
+// long.
 constexpr int64_t kTile = 64;
 constexpr int64_t kBlock = 4;
 constexpr uintptr_t kLine = 64;
