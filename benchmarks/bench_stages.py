@@ -29,7 +29,7 @@ from benchmarks.roofline import measure_peaks
 from benchmarks.shapes import NETWORKS, SHAPES, BlockShape
 from benchmarks.traffic import Cost, fused_stages
 from benchmarks.watch import clock_for, watched
-from fused_bottleneck.rules import uses_gram
+from fused_bottleneck.tail_plan import tail_plans
 
 VARIANT = "fused channels_last"
 WARMUP = 2
@@ -54,11 +54,21 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def takes_product(shape: BlockShape, batch: int, device: str, dtype: torch.dtype) -> bool:
     """Whether a unit of the block's tail goes the product way there (fused_bottleneck/tail.py)."""
-    pixels = batch * shape.out_size**2
+
+    def tensor(*sizes: int) -> torch.Tensor:
+        return torch.empty((), dtype=dtype, device=device).expand(sizes)
+
     inputs = [shape.width, *([shape.in_channels] if shape.downsample else [])]
-    return not all(
-        uses_gram(device, dtype, pixels, channels, shape.out_channels) for channels in inputs
+    weights = [tensor(shape.out_channels, channels, 1, 1) for channels in inputs]
+    x, y1, y2 = (
+        tensor(batch, channels, size, size)
+        for channels, size in [
+            (shape.in_channels, shape.size),
+            (shape.width, shape.size),
+            (shape.width, shape.out_size),
+        ]
     )
+    return not all(p.gram for p in tail_plans(weights, [True] * len(inputs), x, y1, y2, None))
 
 
 def join_tail(

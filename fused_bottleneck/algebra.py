@@ -312,12 +312,18 @@ def fold_backward(
     """From ``S = g^T D`` and sum_g over count pixels to a folded unit's gradients, for a weight in
     the compute dtype. mean_d and weight_cov None: fixed statistics.
 
-    The bias's gradient is the sum of dy: zero before batch statistics, ``scale * sum_g`` otherwise.
+    In float64, as its sums are small against their terms where channels go together. The bias's
+    gradient is the sum of dy: zero before batch statistics, ``scale * sum_g`` otherwise.
     """
-    matrix = weight.to(invstd.dtype)
+    acc, matrix = invstd.dtype, weight.double()
+    invstd, offset, centre = invstd.double(), offset.double(), centre.double()
+    s, sum_g = s.double(), sum_g.double()
+    if mean_d is not None and weight_cov is not None:
+        mean_d, weight_cov = mean_d.double(), weight_cov.double()
     scale = bn_scale(gamma, invstd)
     dgamma = folded_dgamma(matrix, invstd, offset, s, sum_g)
     dweight = folded_dweight(scale, invstd, centre, mean_d, weight_cov, s, sum_g, dgamma)
-    coefficients = folded_operand_grad(matrix, a, scale, invstd, mean_d, sum_g, dgamma, count)
+    _, b, shift = folded_operand_grad(matrix, a, scale, invstd, mean_d, sum_g, dgamma, count)
     dbias = scale * sum_g if mean_d is None else torch.zeros_like(sum_g)
-    return FoldBackward(dweight, dgamma, dbias, coefficients)
+    coefficients = OperandGrad(a, b, None if shift is None else shift.to(acc))
+    return FoldBackward(dweight.to(acc), dgamma.to(acc), dbias.to(acc), coefficients)

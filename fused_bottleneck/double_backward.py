@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .operands import pixels
 from .stages import conv2d, unpack_bits
 from .tail import TailState, unpack_states
+from .tail_plan import tail_plans
 from .units import UnitState
 
 if TYPE_CHECKING:
@@ -117,12 +117,13 @@ def bottleneck_grads(
     """
     _require_local(plan)
     source, units = x.view_as(x), _units(columns)
-    _, y2, mask, *rest = saved
+    y1, y2, mask, *rest = saved
     n, _, h, w = y2.shape
     live = unpack_bits(mask, grad_out.shape[1]).view(n, h, w, -1).permute(0, 3, 1, 2)
     g = torch.where(live, grad_out, 0)
     weights = [unit.weight for unit in units[2:]]
-    states = unpack_states(weights, plan.batch[2:], pixels(y2), iter(rest[4:]), None)
+    plans = tail_plans(weights, plan.batch[2:], x, y1, y2, None)
+    states = unpack_states(plans, iter(rest[4:]))
     a1 = torch.relu(_apply(source, units[0], plan, 0, UnitState(*rest[0:2])))
     a2 = torch.relu(_apply(a1, units[1], plan, 1, UnitState(*rest[2:4])))
     z = _apply(a2, units[2], plan, 2, _statistics(units[2].weight, states[0]))

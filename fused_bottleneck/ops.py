@@ -16,8 +16,8 @@ from torch import Tensor
 
 from . import program
 from .algebra import accumulation_dtype
-from .operands import Geometry, pixels
-from .tail import is_folded, kept_images, state_length
+from .operands import Geometry
+from .tail_plan import TailPlan, tail_plans
 from .units import Unit, UnitGrads
 
 _FORWARD = (
@@ -226,18 +226,14 @@ def _fake_unit_state(x: Tensor, unit: Unit, group: str | None) -> list[Tensor]:
     return _fake_vectors(x, width, width, *shared)
 
 
-def _fake_tail_state(
-    x: Tensor, unit: Unit, y: Tensor, kept: int, group: str | None
-) -> list[Tensor]:
+def _fake_tail_state(x: Tensor, unit: Unit, y: Tensor, plan: TailPlan) -> list[Tensor]:
     """y: the unit's output, of which the first images are kept in the product way."""
     width, channels = unit.weight.shape[:2]
-    rows = pixels(y)
     vectors = _fake_vectors(x, width, width, channels, channels)
     weight_cov = x.new_empty((width, channels), dtype=accumulation_dtype(x.dtype))
-    length = state_length(unit.weight, unit.batch, rows, group)
-    if is_folded(unit.weight, unit.batch, rows, group):
-        return [*vectors, weight_cov, *_fake_vectors(x, channels, 1)][:length]
-    return [*vectors[: length - 1], torch.empty_like(y[:kept])]
+    if plan.folded:
+        return [*vectors, weight_cov, *_fake_vectors(x, channels, 1)][: plan.state_length]
+    return [*vectors[: plan.state_length - 1], torch.empty_like(y[: plan.images])]
 
 
 def _fake_moments(x: Tensor, units: Sequence[Unit]) -> list[Tensor]:
@@ -253,12 +249,13 @@ def _bottleneck_forward_fake(x: Tensor, shortcut: Tensor | None, *arguments: Any
     rows = out.shape[0] * out.shape[2] * out.shape[3]
     mask = x.new_empty((rows, -(-out.shape[1] // 8)), dtype=torch.uint8)
     narrow = [t for unit in units[:2] for t in _fake_unit_state(x, unit, group)]
-    images = kept_images(units[2:], x, y1, y2, group)
+    weights, batch = [unit.weight for unit in units[2:]], [unit.batch for unit in units[2:]]
+    plans = tail_plans(weights, batch, x, y1, y2, group)
     wide = _fake_conv(y2, units[2])
     folded = [
         t
-        for unit, kept in zip(units[2:], images, strict=True)
-        for t in _fake_tail_state(x, unit, wide, kept, group)
+        for unit, plan in zip(units[2:], plans, strict=True)
+        for t in _fake_tail_state(x, unit, wide, plan)
     ]
     return out, [y1, y2, mask, *narrow, *folded], _fake_moments(x, units)
 

@@ -26,6 +26,7 @@ from .operands import (
 )
 from .stages import ConvTerm, GradSums, InputTerm, Operand, Stages
 from .tail import TailBackward, TailForward, TailState
+from .tail_plan import TailPlan, tail_plans
 from .units import (
     Unit,
     UnitGrads,
@@ -57,33 +58,38 @@ def _convolutions(units: Sequence[Unit]) -> list[tuple[Tensor, Geometry]]:
 
 
 def _tail_operand(
-    stages: Stages, act: Activation, unit2: Unit, unit3: Unit, group: str | None
+    stages: Stages, act: Activation, unit2: Unit, unit3: Unit, plan: TailPlan
 ) -> Activation:
     """The operand of conv3. If it is centred then around relu(beta2), where batch statistics put
     BN2's output.
 
     Fixed ones may put it anywhere, and BN3's covariance then wants a centre taken from the data.
     """
-    if not tail.has_centre(unit3.weight, unit3.batch, pixels(act.y), group):
+    if not plan.centred:
         return act
     if unit3.batch and not unit2.batch:
         return act._replace(centre=stages.centre(act))
     return act._replace(centre=algebra.relu_of_shift(act.beta, act.mean))
 
 
-def _downsample_operand(
-    stages: Stages, x: Tensor, unit: Unit, count: int, group: str | None
-) -> StridedInput:
+def _downsample_operand(stages: Stages, x: Tensor, unit: Unit, plan: TailPlan) -> StridedInput:
     """The input of the downsample, centred if a covariance is taken of its pixels. Otherwise a
     centre is zero: with fixed statistics a NaN in x stays where it is."""
     stride = unit.geometry.stride
-    if tail.has_gram(unit.weight, unit.batch, count, group):
+    if plan.gram:
         return StridedInput(x, stride, stages.centre(strided(x, stride)))
-    if not tail.has_centre(unit.weight, unit.batch, count, group):
+    if not plan.centred:
         return StridedInput(x, stride)
     return StridedInput(
         x, stride, x.new_zeros(x.shape[1], dtype=algebra.accumulation_dtype(x.dtype))
     )
+
+
+def _plans(
+    units: Sequence[Unit], x: Tensor, y1: Tensor, y2: Tensor, group: str | None
+) -> list[TailPlan]:
+    """Of the units of the tail."""
+    return tail_plans([u.weight for u in units], [u.batch for u in units], x, y1, y2, group)
 
 
 def bottleneck_forward(
@@ -115,14 +121,14 @@ def bottleneck_forward(
         x = stages.channels_last(x)
         act1, state1, reported1 = _conv_unit(stages, x, units[0], group)
         act2, state2, reported2 = _conv_unit(stages, act1, units[1], group)
-        operands: list[Operand] = [_tail_operand(stages, act2, units[1], units[2], group)]
+        plans = _plans(units[2:], x, act1.y, act2.y, group)
+        operands: list[Operand] = [_tail_operand(stages, act2, units[1], units[2], plans[0])]
         residuals: list[Tensor | Normalised] = []
         if len(units) > 3:
-            operands.append(_downsample_operand(stages, x, units[3], pixels(act2.y), group))
+            operands.append(_downsample_operand(stages, x, units[3], plans[1]))
         else:
             residuals.append(x if shortcut is None else shortcut)
-        images = tail.kept_images(units[2:], x, act1.y, act2.y, group)
-        tails = _tails_forward(stages, units[2:], operands, pixels(act2.y), images, group)
+        tails = _tails_forward(stages, units[2:], operands, pixels(act2.y), plans, group)
         terms = [t.term for t in tails if t.term is not None]
         residuals += [t.added for t in tails if t.added is not None]
         out, mask = stages.tail_forward(terms, residuals, channels_last)
@@ -136,14 +142,14 @@ def _tails_forward(
     units: Sequence[Unit],
     operands: Sequence[Operand],
     count: int,
-    images: Sequence[int],
+    plans: Sequence[TailPlan],
     group: str | None,
 ) -> list[TailForward]:
     """F3 and the folds."""
     if group is not None:
         return sync_tail.forward(units, stages, operands, count, group)
-    rows = zip(units, operands, images, strict=True)
-    return [tail.forward(unit, stages, operand, count, kept) for unit, operand, kept in rows]
+    rows = zip(units, operands, plans, strict=True)
+    return [tail.forward(unit, stages, operand, count, plan) for unit, operand, plan in rows]
 
 
 def _require_agreement(x: Tensor, units: Sequence[Unit], group: str | None) -> None:
@@ -156,6 +162,7 @@ def _tails_backward(
     stages: Stages,
     units: Sequence[Unit],
     states: Sequence[TailState],
+    plans: Sequence[TailPlan],
     operands: Sequence[Operand],
     grad: MaskedGrad,
     count: int,
@@ -163,9 +170,7 @@ def _tails_backward(
     group: str | None,
 ) -> list[TailBackward]:
     """B1 and the coefficients of the tail units: one pass over g for the folded ones."""
-    folded = [
-        i for i, unit in enumerate(units) if tail.is_folded(unit.weight, unit.batch, count, group)
-    ]
+    folded = [i for i, plan in enumerate(plans) if plan.folded]
     results: dict[int, TailBackward] = {}
     if folded:
         weights = [tail.operand_weight(units[i], stages, states[i]) for i in folded]
@@ -236,9 +241,8 @@ def bottleneck_backward(
     y1, y2, mask, *rest = saved
     source = iter(rest)
     state1, state2 = (unpack_state(unit, source, group) for unit in units[:2])
-    tail_weights = [unit.weight for unit in units[2:]]
-    tail_batch = [unit.batch for unit in units[2:]]
-    states = tail.unpack_states(tail_weights, tail_batch, pixels(y2), source, group)
+    plans = _plans(units[2:], x, y1, y2, group)
+    states = tail.unpack_states(plans, source)
     with stages_for(x, _convolutions(units), backend) as stages:
         x = stages.channels_last(x)
         grad = MaskedGrad(stages.channels_last(grad_out), mask)
@@ -248,7 +252,7 @@ def bottleneck_backward(
         if len(units) > 3:
             operands.append(StridedInput(x, units[3].geometry.stride, states[1].centre))
         tails = _tails_backward(
-            stages, units[2:], states, operands, grad, pixels(y2), needs_weight[2:], group
+            stages, units[2:], states, plans, operands, grad, pixels(y2), needs_weight[2:], group
         )
         g2, sums2 = _operand_gradient(stages, tails[0], grad, units[2].weight, act2, state2.invstd)
         dy2 = conv_grad(stages, units[1], y2, state2, g2, sums2, act2.scale, group)

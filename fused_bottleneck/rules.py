@@ -8,24 +8,34 @@ import torch
 
 from . import extension
 
+# What the passes over an element of a wide output take, in multiply-adds of a product: measured at
+# 14x14 and 7x7, float32, two threads.
+_PASSES = 150
+_WORTH_OF_GRAM = 1.1  # it keeps less for backward
 
-def uses_gram(device: str, dtype: torch.dtype, pixels: int, channels: int, width: int) -> bool:
+
+def uses_gram(
+    device: str, dtype: torch.dtype, pixels: int, channels: int, width: int, kept: float
+) -> bool:
     """Whether a tail unit ``[pixels, channels] -> [pixels, width]`` takes the gram way (tail.py).
 
-    On CPU arithmetic decides, counted in products with a [channels] vector: half a symmetric
-    product over the pixels, and one with [channels, channels] coefficients; two of the weight with
-    such; against computing the output once more and the passes over it. What leads to a variance
-    is in float64, at 0.4 of the rate, but in this library's products (see ``needs_double``). Not
-    counted: there the second of the weight is half a product, and of the output only a part is
-    computed again (``images_to_keep``).
+    On CPU arithmetic decides, counted in multiply-adds: half a symmetric product over the pixels,
+    and one with [channels, channels] coefficients; two of the weight with such; against computing
+    what is not kept of the output once more and the passes over it. What leads to a variance is in
+    float64, at 0.4 of the rate, but in this library's products (see ``needs_double``). Not
+    counted: there the second of the weight is half a product.
     Elsewhere memory decides, and the gram way always moves less of it.
+
+    kept: the part of the output that there is room for (``images_to_keep``). It counts with this
+    library's products only, where it was measured.
     """
     if device != "cpu":
         return True
     single = dtype == torch.float32 and extension.has_products()
     cost = 1 if single else 2.5
-    gram = (0.5 * cost + 1) * pixels * channels + (cost + 1) * width * channels
-    return gram < 1.3 * pixels * width
+    gram = (0.5 * cost + 1) * pixels * channels**2 + (cost + 1) * width * channels**2
+    again = 1 - kept if single else 1
+    return gram < _WORTH_OF_GRAM * (again * channels + _PASSES) * pixels * width
 
 
 _MOST_KEPT_PERCENT = 55

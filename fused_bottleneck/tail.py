@@ -9,7 +9,7 @@ conv3+bn3 and the downsample are such units. Two exact ways:
   backward, but for the images of it that were kept. Costs up to ``Q K W`` more, and passes over the
   wide scratch.
 
-``rules.uses_gram`` chooses. Fixed statistics need neither: they fold without a covariance.
+tail_plan.py has the choice. Fixed statistics need neither: they fold without a covariance.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,8 +28,8 @@ from .operands import (
     Normalised,
     StridedInput,
 )
-from .rules import images_to_keep, uses_gram
 from .stages import FoldedTerm, Operand, Stages
+from .tail_plan import TailPlan
 from .units import Unit, UnitGrads, UnitState, bessel, conv_grad, unit_grads
 
 
@@ -82,101 +82,27 @@ def _source(operand: Operand, geometry: Geometry) -> tuple[Tensor | Activation, 
     return operand, POINTWISE
 
 
-def has_gram(weight: Tensor, batch: bool, pixels: int, group: str | None) -> bool:
-    """Whether a tail unit over that many output pixels goes the gram way.
-
-    With statistics over several ranks it always does: ranks of unequal batches must go one way.
-    """
-    width, channels = weight.shape[:2]
-    if not batch:
-        return False
-    if group is not None:
-        return True
-    return uses_gram(weight.device.type, weight.dtype, pixels, channels, width)
-
-
-def is_folded(weight: Tensor, batch: bool, pixels: int, group: str | None) -> bool:
-    """Whether a tail unit's normalisation is folded into its weight: not in the product way."""
-    return not batch or has_gram(weight, batch, pixels, group)
-
-
-def has_centre(weight: Tensor, batch: bool, pixels: int, group: str | None) -> bool:
-    """Whether a tail unit's operand has a centre: where it is folded, and in 16 bits, so that what
-    is rounded is the deviation from it."""
-    return weight.dtype.itemsize == 2 or is_folded(weight, batch, pixels, group)
-
-
-def state_length(weight: Tensor, batch: bool, pixels: int, group: str | None) -> int:
-    """How many tensors of a ``TailState`` there are."""
-    if has_gram(weight, batch, pixels, group):
-        return 5 if group is None else 7
-    if is_folded(weight, batch, pixels, group):
-        return 3
-    return 4 if has_centre(weight, batch, pixels, group) else 3
-
-
-def unpack_states(
-    weights: Sequence[Tensor],
-    batch: Sequence[bool],
-    pixels: int,
-    saved: Iterator[Tensor],
-    group: str | None,
-) -> list[TailState]:
+def unpack_states(plans: Sequence[TailPlan], saved: Iterator[Tensor]) -> list[TailState]:
     """The states of the tail units from the tensors that were kept of them."""
     states = []
-    for weight, own in zip(weights, batch, strict=True):
-        tensors = list(islice(saved, state_length(weight, own, pixels, group)))
-        if is_folded(weight, own, pixels, group):
+    for plan in plans:
+        tensors = list(islice(saved, plan.state_length))
+        if plan.folded:
             states.append(TailState(*tensors))
         else:
             states.append(TailState(*tensors[:-1])._replace(output=tensors[-1]))
     return states
 
 
-def kept_images(
-    units: Sequence[Unit], x: Tensor, y1: Tensor, y2: Tensor, group: str | None
-) -> list[int]:
-    """Of how many images each tail unit keeps its output; the last unit's comes first.
-
-    x: the block's input; y1, y2: the outputs of its first convolutions.
-    """
-    if group is not None:  # no outputs then
-        return [0] * len(units)
-    count, item = y2.numel() // y2.shape[1], y2.dtype.itemsize
-    wide = count * units[0].weight.shape[0]
-    narrow = y1.numel() + y2.numel()
-    plain = item * (x.numel() + 2 * narrow + (len(units) + 1) * wide)
-    kept = item * (x.numel() + narrow) + wide // 8
-    kept += _coefficient_bytes(units, y1, y2)
-    result = []
-    for unit in reversed(units):
-        image, images = item * wide // y2.shape[0], 0
-        if not is_folded(unit.weight, unit.batch, count, None):
-            images = images_to_keep(y2.shape[0], image, kept, plain)
-        kept += images * image
-        result.append(images)
-    return result[::-1]
-
-
-def _coefficient_bytes(units: Sequence[Unit], y1: Tensor, y2: Tensor) -> int:
-    """Of the vectors and matrices that are kept of all units, without a group."""
-    elements = 2 * (y1.shape[1] + y2.shape[1])
-    for unit in units:
-        width, channels = unit.weight.shape[:2]
-        elements += 2 * (width + channels)
-        if has_gram(unit.weight, unit.batch, y2.numel() // y2.shape[1], None):
-            elements += width * channels
-    return elements * algebra.accumulation_dtype(y2.dtype).itemsize
-
-
-def forward(unit: Unit, stages: Stages, operand: Operand, pixels: int, images: int) -> TailForward:
-    """F3 and the fold, or the product and its normalisation, of one tail unit; images: of how many
-    to keep the product."""
-    if not unit.batch:
-        return fixed_forward(unit, operand)
-    if has_gram(unit.weight, unit.batch, pixels, None):
+def forward(
+    unit: Unit, stages: Stages, operand: Operand, pixels: int, plan: TailPlan
+) -> TailForward:
+    """F3 and the fold, or the product and its normalisation, of one tail unit."""
+    if plan.gram:
         return _folded_forward(unit, stages, operand, pixels)
-    return _product_forward(unit, stages, operand, pixels, images)
+    if plan.folded:
+        return fixed_forward(unit, operand)
+    return _product_forward(unit, stages, operand, pixels, plan.images)
 
 
 def _folded_forward(unit: Unit, stages: Stages, operand: Operand, pixels: int) -> TailForward:

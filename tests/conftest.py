@@ -10,7 +10,7 @@ import torch
 from helpers import IMPLEMENTATIONS
 from ranks import Pool
 
-from fused_bottleneck import cpu, extension, tail
+from fused_bottleneck import cpu, extension, tail_plan
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _caches: list[str] = []
@@ -72,7 +72,7 @@ def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not extension.load():
         pytest.skip(extension.reason())
     if name in ("gram", "product"):
-        monkeypatch.setattr(tail, "uses_gram", lambda *sizes: name == "gram")
+        monkeypatch.setattr(tail_plan, "uses_gram", lambda *sizes: name == "gram")
         one_image_at_a_time(monkeypatch)
 
 

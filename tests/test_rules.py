@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_bottleneck import extension, rules, tail
-from fused_bottleneck.operands import POINTWISE, Geometry
+from fused_bottleneck import extension, rules, tail_plan
+from fused_bottleneck.operands import Geometry
 from fused_bottleneck.stages import conv2d, conv2d_backward
-from fused_bottleneck.units import Unit
 
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
 over_dtypes = pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
@@ -68,33 +67,45 @@ def test_images_to_keep(kept: int, images: int) -> None:
     assert rules.images_to_keep(8, 100, kept, 10_000) == images
 
 
-IMAGES = [  # channels in, width, stride, image size, dtype, and of how many of 16 images
-    *[(256, 64, 1, 56, torch.float32, [0]), (512, 128, 1, 28, torch.float32, [0])],
+# channels in, width, stride, image size, dtype, and of conv3 and the downsample of how many of 16
+# images the output is kept, None in the gram way.
+PLANS = [
+    *[(256, 64, 1, 56, torch.float32, [None]), (512, 128, 1, 28, torch.float32, [None])],
     *[(1024, 512, 2, 14, torch.float32, [0, 13]), (2048, 512, 1, 7, torch.float32, [10])],
-    *[(512, 256, 2, 28, torch.float32, [0, 0]), (2048, 512, 1, 7, torch.bfloat16, [10])],
+    *[(512, 256, 2, 28, torch.float32, [None, 12]), (256, 128, 2, 56, torch.float32, [None, None])],
+    *[(1024, 256, 1, 14, torch.float32, [None]), (64, 64, 1, 56, torch.float32, [None, None])],
+    (2048, 512, 1, 7, torch.bfloat16, [10]),
 ]
 
 
 @pytest.mark.skipif(not extension.has_products(), reason="the rule counts this library's products")
-@pytest.mark.parametrize(("channels", "width", "stride", "size", "dtype", "images"), IMAGES)
+@pytest.mark.parametrize(("channels", "width", "stride", "size", "dtype", "images"), PLANS)
 @pytest.mark.parametrize("group", [None, "ranks"])
-def test_images_that_blocks_keep(
+def test_plans_of_blocks(
     channels: int,
     width: int,
     stride: int,
     size: int,
     dtype: torch.dtype,
-    images: list[int],
+    images: list[int | None],
     group: str | None,
 ) -> None:
     def tensor(*shape: int) -> Tensor:
         return torch.empty((), dtype=dtype).expand(shape)
 
-    def unit(k: int) -> Unit:
-        return Unit(tensor(4 * width, k, 1, 1), None, None, POINTWISE, batch=True)
-
     x, y1 = tensor(16, channels, size, size), tensor(16, width, size, size)
     y2 = tensor(16, width, size // stride, size // stride)
-    units = [unit(width)] + ([unit(channels)] if len(images) > 1 else [])
-    expected = images if group is None else [0 for _ in images]
-    assert tail.kept_images(units, x, y1, y2, group) == expected
+    weights = [tensor(4 * width, k, 1, 1) for k in (width, channels)[: len(images)]]
+    batch = [True for _ in weights]
+    plans = tail_plan.tail_plans(weights, batch, x, y1, y2, group)
+    if group is not None:
+        images = [None for _ in images]
+    assert [plan.gram for plan in plans] == [kept is None for kept in images]
+    assert [plan.images for plan in plans] == [kept or 0 for kept in images]
+
+
+def test_fixed_statistics_need_no_covariance() -> None:
+    x, weight = torch.empty(4, 64, 8, 8), torch.empty(64, 16, 1, 1)
+    y = torch.empty(4, 16, 8, 8)
+    (plan,) = tail_plan.tail_plans([weight], [False], x, y, y, None)
+    assert (plan.gram, plan.folded, plan.centred, plan.images) == (False, True, True, 0)

@@ -19,7 +19,7 @@ from helpers import Case, Result, assert_criterion, channels_last, errors, in_dt
 from test_stages import CONV2, STAGES, Data, tensors_of
 from tolerances import SAME_FORMULA
 
-from fused_bottleneck import collectives, modules, program, rules, tail
+from fused_bottleneck import collectives, modules, program, rules, tail_plan
 from fused_bottleneck.operands import POINTWISE, Geometry
 from fused_bottleneck.stages import ConvTerm, Stages
 
@@ -186,7 +186,7 @@ def test_not_finite(value: float) -> None:
 def triton_block(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The programs with the Triton stages, on the way that CUDA takes."""
     monkeypatch.setattr(program, "stages_for", lambda x, convs, backend=None: TritonStages(x))
-    monkeypatch.setattr(tail, "uses_gram", lambda *sizes: True)
+    monkeypatch.setattr(tail_plan, "uses_gram", lambda *sizes: True)
     with config.forced(Config(64, 32, 32, rows=50)):
         yield
 

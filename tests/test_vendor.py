@@ -31,7 +31,7 @@ from fused_bottleneck import (
     extension,
     junctions,
     pass_stages,
-    tail,
+    tail_plan,
     vendor,
 )
 from fused_bottleneck.operands import StridedInput
@@ -58,7 +58,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     if request.param == "cuda":
         return torch.device("cuda")
     monkeypatch.setattr(dispatch, "CpuStages", VendorStages)
-    monkeypatch.setattr(tail, "uses_gram", lambda *sizes: True)  # as on a GPU
+    monkeypatch.setattr(tail_plan, "uses_gram", lambda *sizes: True)  # as on a GPU
     if request.param == "emulated":
         if not cuda_emulation.available():
             pytest.skip("no C++ compiler")
