@@ -170,6 +170,30 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
       "winograd_weight_grad(Tensor grad, Tensor x, int stride, Tensor(a!) workspace, "
       "Tensor? mean=None, Tensor? scale=None, Tensor? beta=None) -> Tensor");
 
+  // --- The block's forward and backward in one call each (program.py), float32, statistics of the
+  // --- batch, channels_last memory but for out, dense 1x1 weights, 3x3 weights for the
+  // convolutions
+  // --- above. Lists have an entry per unit: conv1, conv2, conv3 and the downsample, if any.
+  // sizes: N, C, H, W of x; the widths of y1 and out; H', W'; the strides of conv2 and the
+  // downsample (0: none). images: of how many first images of its output a tail unit keeps it; -1:
+  // none, as it goes the gram way. chunk: images of out at a time where it is contiguous, else 0.
+  m.def("block_scratch(int[] sizes, int[] images, int chunk, bool backward) -> int");
+
+  // y1, y2, mask and kept are what backward needs, with the states: mean and invstd of the first
+  // two normalisations; of a tail unit invstd, offset and, gram way, centre, mean_d and weight_cov.
+  // reported: the mean and unbiased variance of each unit's batch.
+  m.def(
+      "block_forward_(Tensor x, Tensor? residual, Tensor[] weights, Tensor?[] biases, "
+      "Tensor?[] gammas, Tensor?[] betas, float[] eps, int[] sizes, int[] images, int chunk, "
+      "float most_cancellation, Tensor(a!) y1, Tensor(b!) y2, Tensor(c!)[] kept, Tensor(d!) out, "
+      "Tensor(e!) mask, Tensor(f!) scratch) -> (Tensor[] states, Tensor[] reported)");
+
+  // The gradients of weight (empty if not needed), bias, gamma and beta of each unit.
+  m.def(
+      "block_backward_(Tensor grad_out, Tensor x, bool identity, Tensor[] weights, "
+      "Tensor?[] gammas, Tensor?[] betas, Tensor[] saved, int[] sizes, int[] images, "
+      "bool[] needs_weight, Tensor(a!)? grad_x, Tensor(b!) scratch) -> Tensor[]");
+
   // out[first + b] = x[b]^T, contiguous [B, R, C] to [.., C, R]: between contiguous and
   // channels_last.
   m.def("transpose_(Tensor x, Tensor(a!) out, int first=0) -> ()");

@@ -40,6 +40,13 @@ def workspace_bytes(family: str, threads: int, *sizes: int | bool) -> int:
     return getattr(_passes, f"{family}_workspace")(*sizes)
 
 
+def chunk_images(wide: Tensor, weight_elements: int) -> int:
+    """How many images of a wide tensor to make at a time, with weights of so many elements."""
+    image = wide[0].numel() * wide.element_size()
+    weight = weight_elements * wide.element_size()
+    return max(1, max(_CHUNK_BYTES, _CHUNK_PER_WEIGHT * weight) // image)
+
+
 def _image_matrices(t: Tensor) -> Tensor:
     """The ``[N, H*W, C]`` view of a channels_last ``[N, C, H, W]`` tensor."""
     return t.permute(0, 2, 3, 1).reshape(t.shape[0], -1, t.shape[1])
@@ -92,9 +99,7 @@ class CpuStages(PassStages):
 
     def _chunks(self, wide: Tensor, weight_elements: int) -> Iterator[tuple[int, int]]:
         """Ranges of images whose part of a wide tensor stays in cache."""
-        image = wide[0].numel() * wide.element_size()
-        weight = weight_elements * wide.element_size()
-        count = max(1, max(_CHUNK_BYTES, _CHUNK_PER_WEIGHT * weight) // image)
+        count = chunk_images(wide, weight_elements)
         for start in range(0, wide.shape[0], count):
             yield start, min(start + count, wide.shape[0])
 

@@ -42,7 +42,7 @@ from .stages import (
 _passes = torch.ops.fused_bottleneck
 
 _LARGE_MATRIX = 2**16  # elements
-_WINOGRAD_GEOMETRIES = (Geometry((1, 1), (1, 1)), Geometry((2, 2), (1, 1)))
+WINOGRAD_GEOMETRIES = (Geometry((1, 1), (1, 1)), Geometry((2, 2), (1, 1)))
 Prologue = tuple[Tensor | None, ...]  # none, or mean, scale and beta of a normalisation and ReLU
 
 
@@ -55,7 +55,7 @@ def _is_product(weight: Tensor, geometry: Geometry) -> bool:
 def _is_winograd(weight: Tensor, geometry: Geometry) -> bool:
     """Whether a convolution is one that Winograd's way can take."""
     fits = weight.shape[2:] == (3, 3) and products_fit(*weight.shape[:2])
-    return fits and geometry in _WINOGRAD_GEOMETRIES
+    return fits and geometry in WINOGRAD_GEOMETRIES
 
 
 def _single(parameter: Tensor | None) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import extension
 from .cpu import CpuStages
-from .cpu_products import CpuProductStages
+from .cpu_block import CpuBlockStages
 from .kernels import launch
 from .operands import Geometry
 from .stages import EmptyStages, Stages
@@ -59,7 +59,7 @@ def stages_for(x: Tensor, convs: Sequence[Shape], backend: str | None = None) ->
     if x.device.type != "cpu":
         return VendorStages()
     own = asked is None and x.dtype == torch.float32 and extension.has_products()
-    return CpuProductStages() if own else CpuStages()
+    return CpuBlockStages() if own else CpuStages()
 
 
 def requested_backend(backend: str | None) -> str | None:

@@ -118,6 +118,9 @@ def bottleneck_forward(
     """
     _require_agreement(x, units, group)
     with stages_for(x, _convolutions(units), backend) as stages:
+        whole = None if group else stages.whole_forward(x, shortcut, units, channels_last)
+        if whole is not None:
+            return whole
         x = stages.channels_last(x)
         act1, state1, reported1 = _conv_unit(stages, x, units[0], group)
         act2, state2, reported2 = _conv_unit(stages, act1, units[1], group)
@@ -238,49 +241,63 @@ def bottleneck_backward(
         backend: see ``dispatch.stages_for``.
         group: as in forward.
     """
-    y1, y2, mask, *rest = saved
+    with stages_for(x, _convolutions(units), backend) as stages:
+        x = stages.channels_last(x)
+        grad = MaskedGrad(stages.channels_last(grad_out), saved[2])
+        arguments = grad, x, units, saved, needs_x, needs_weight, identity, channels_last
+        found = None if group else stages.whole_backward(*arguments)
+        grad_x, grads = found or _backward_in_lines(stages, *arguments, group)
+        grad_shortcut = stages.masked_grad(grad) if needs_shortcut else None
+    return grad_x, grad_shortcut, grads
+
+
+def _backward_in_lines(
+    stages: Stages,
+    grad: MaskedGrad,
+    x: Tensor,
+    units: Sequence[Unit],
+    saved: Sequence[Tensor],
+    needs_x: bool,
+    needs_weight: Sequence[bool],
+    identity: bool,
+    channels_last: bool,
+    group: str | None,
+) -> tuple[Tensor | None, list[UnitGrads]]:
+    """The gradients of x and of the parameters, stage by stage."""
+    y1, y2, _, *rest = saved
     source = iter(rest)
     state1, state2 = (unpack_state(unit, source, group) for unit in units[:2])
     plans = _plans(units[2:], x, y1, y2, group)
     states = tail.unpack_states(plans, source)
-    with stages_for(x, _convolutions(units), backend) as stages:
-        x = stages.channels_last(x)
-        grad = MaskedGrad(stages.channels_last(grad_out), mask)
-        act1 = activation(y1, units[0], state1)
-        act2 = activation(y2, units[1], state2)._replace(centre=states[0].centre)
-        operands: list[Operand] = [act2]
+    act1 = activation(y1, units[0], state1)
+    act2 = activation(y2, units[1], state2)._replace(centre=states[0].centre)
+    operands: list[Operand] = [act2]
+    if len(units) > 3:
+        operands.append(StridedInput(x, units[3].geometry.stride, states[1].centre))
+    tails = _tails_backward(
+        stages, units[2:], states, plans, operands, grad, pixels(y2), needs_weight[2:], group
+    )
+    g2, sums2 = _operand_gradient(stages, tails[0], grad, units[2].weight, act2, state2.invstd)
+    dy2 = conv_grad(stages, units[1], y2, state2, g2, sums2, act2.scale, group)
+    geometry = units[1].geometry
+    g1, sums1 = stages.conv_dgrad(dy2, units[1].weight, geometry, act1, state1.invstd)
+    dw2 = _weight_grad(stages, dy2, act1, units[1], needs_weight[1])
+    dy1 = conv_grad(stages, units[0], y1, state1, g1, sums1, act1.scale, group)
+    dw1 = _weight_grad(stages, dy1, x, units[0], needs_weight[0])
+    grad_x = None
+    if needs_x:
+        downsample = None
         if len(units) > 3:
-            operands.append(StridedInput(x, units[3].geometry.stride, states[1].centre))
-        tails = _tails_backward(
-            stages, units[2:], states, plans, operands, grad, pixels(y2), needs_weight[2:], group
-        )
-        g2, sums2 = _operand_gradient(stages, tails[0], grad, units[2].weight, act2, state2.invstd)
-        dy2 = conv_grad(stages, units[1], y2, state2, g2, sums2, act2.scale, group)
-        geometry = units[1].geometry
-        g1, sums1 = stages.conv_dgrad(dy2, units[1].weight, geometry, act1, state1.invstd)
-        dw2 = _weight_grad(stages, dy2, act1, units[1], needs_weight[1])
-        dy1 = conv_grad(stages, units[0], y1, state1, g1, sums1, act1.scale, group)
-        dw1 = _weight_grad(stages, dy1, x, units[0], needs_weight[0])
-        grad_x = grad_shortcut = None
-        if needs_x:
-            downsample = None
-            if len(units) > 3:
-                downsample = _downsample_term(units[3], operands[1], tails[1], grad)
-            grad_x = stages.input_dgrad(
-                ConvTerm(dy1, units[0].weight, POINTWISE),
-                x,
-                grad if identity else None,
-                downsample,
-                channels_last,
-            )
-        if needs_shortcut:
-            grad_shortcut = stages.masked_grad(grad)
+            downsample = _downsample_term(units[3], operands[1], tails[1], grad)
+        term = ConvTerm(dy1, units[0].weight, POINTWISE)
+        identity_grad = grad if identity else None
+        grad_x = stages.input_dgrad(term, x, identity_grad, downsample, channels_last)
     grads = [
         unit_grads(units[0], dy1, state1, sums1, dw1),
         unit_grads(units[1], dy2, state2, sums2, dw2),
         *(t.grads for t in tails),
     ]
-    return grad_x, grad_shortcut, grads
+    return grad_x, grads
 
 
 def _weight_grad(

@@ -54,7 +54,7 @@ def images_to_keep(images: int, image: int, kept: int, plain: int) -> int:
     return max(0, min(images, spare // image))
 
 
-_MOST_CANCELLATION = 16
+MOST_CANCELLATION = 16
 
 
 def needs_double(cancellation: float) -> bool:
@@ -63,7 +63,7 @@ def needs_double(cancellation: float) -> bool:
     cancellation: the largest ratio of what one would be, did the operand's channels not go
     together, to what it is. Rounding leaves an error of some 1e-7 of the former.
     """
-    return cancellation > _MOST_CANCELLATION
+    return cancellation > MOST_CANCELLATION
 
 
 @cache

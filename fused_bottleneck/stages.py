@@ -25,7 +25,7 @@ what they feed is differences of large sums.
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ from .operands import (
     pixels,
 )
 from .rules import convolution_dtype
+
+if TYPE_CHECKING:
+    from .units import Unit, UnitGrads
 
 Operand = Activation | StridedInput
 
@@ -205,6 +208,29 @@ class Stages:
     ) -> None:
         return None
 
+    # The block's programs as a whole, where an implementation has them so.
+
+    def whole_forward(
+        self, x: Tensor, shortcut: Tensor | None, units: "Sequence[Unit]", channels_last: bool
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]] | None:
+        """``program.bottleneck_forward`` in one call, with the same results, without a group; None:
+        line by line."""
+        return None
+
+    def whole_backward(
+        self,
+        grad: MaskedGrad,
+        x: Tensor,
+        units: "Sequence[Unit]",
+        saved: Sequence[Tensor],
+        needs_x: bool,
+        needs_weight: Sequence[bool],
+        identity: bool,
+        channels_last: bool,
+    ) -> "tuple[Tensor | None, list[UnitGrads]] | None":
+        """The gradients of x and of the parameters likewise."""
+        return None
+
     # Operands, materialised.
 
     def _normalised(self, act: Activation | Normalised) -> Tensor:
@@ -267,8 +293,8 @@ class Stages:
             sample = _sample(source)
         else:
             sample = Stages._operand(self, source._replace(y=_sample(source.y)))
-        mean = sample.mean((0, 2, 3), dtype=accumulation_dtype(sample.dtype))
-        return mean.to(sample.dtype).to(mean.dtype)
+        mean = sample.mean((0, 2, 3), dtype=torch.float64)
+        return mean.to(sample.dtype).to(accumulation_dtype(sample.dtype))
 
     def conv(self, source: Tensor | Activation, weight: Tensor, geometry: Geometry) -> Tensor:
         """``conv(source)``, with zero padding after the prologue."""

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu_ops.h"
 #include "pixel_product.h"
 
 namespace fused_bottleneck::cpu {
@@ -62,6 +63,8 @@ class FoldArguments {
 
 float* data(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fold_product(
     const Tensor& weight, const Tensor& weight_cov, const Tensor& cov, const OptionalTensor& gamma,
     const OptionalTensor& beta, const OptionalTensor& bias, double eps, const Tensor& centre,
@@ -103,6 +106,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fold_product(
       *std::max_element(cancellation.begin(), cancellation.end());
   return {folded, mean, var, invstd, offset, shift, largest};
 }
+
+namespace {
 
 // -weight^T diag(k) weight, from factors -k.
 Tensor weighted_square(const FoldArguments& args, const Tensor& weight, const float* factors,
@@ -147,6 +152,8 @@ Tensor operand_shift(const FoldArguments& args, const float* a, const float* b, 
   return shift;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> fold_backward_(const Tensor& weight, const OptionalTensor& gamma,
                                                   const Tensor& invstd, const Tensor& offset,
                                                   const Tensor& mean_d, const Tensor& weight_cov,
@@ -183,8 +190,6 @@ std::tuple<Tensor, Tensor, Tensor> fold_backward_(const Tensor& weight, const Op
   const Tensor shift = operand_shift(args, from_a, data(b), call.sum_g, call.mean_d, count);
   return {dgamma, b, shift};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_bottleneck, CPU, m) {
   m.impl("fold_product", TORCH_BOX(&fold_product));

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "cpu_ops.h"
 
 namespace fused_bottleneck::cpu {
 namespace {
@@ -48,6 +49,8 @@ void parallel_chunks(const Chunks& chunks, const Body& body) {
     for (int64_t chunk = begin; chunk < end; ++chunk) body(chunk);
   });
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> channel_moments(const Tensor& y) {
   const Arguments args("channel_moments", "y", y);
@@ -122,6 +125,8 @@ void masked_add_(const Tensor& value, const Tensor& grad_out, const Tensor& mask
   parallel_rows(args, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
+namespace {
+
 std::tuple<Tensor, Tensor> reduce(const Arguments& args, const BnBackwardReduce& call) {
   const auto kernel = kernels_for(args.dtype).bn_backward_reduce;
   const Chunks chunks(args);
@@ -133,6 +138,8 @@ std::tuple<Tensor, Tensor> reduce(const Arguments& args, const BnBackwardReduce&
   return {sum_parts(args, chunks.count, [&](int64_t chunk) { return partials.first(chunk); }),
           sum_parts(args, chunks.count, [&](int64_t chunk) { return partials.second(chunk); })};
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> bn_backward_reduce_(const Tensor& grad, const OptionalTensor& addend,
                                                const OptionalTensor& shift, const Tensor& y,
@@ -157,10 +164,14 @@ std::tuple<Tensor, Tensor> masked_bn_backward_reduce(const Tensor& grad_out, con
                        args.vector("invstd", invstd), zeros, zeros, args.mask(mask), nullptr});
 }
 
+namespace {
+
 void apply(const Arguments& args, const BnBackward& call) {
   const auto kernel = kernels_for(args.dtype).bn_backward;
   parallel_rows(args, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
+
+}  // namespace
 
 void bn_backward_(const Tensor& g, const Tensor& y, const Tensor& mean, const Tensor& scale,
                   const OptionalTensor& k0, const OptionalTensor& k1, const Tensor& out) {
@@ -182,8 +193,6 @@ void masked_bn_backward_(const Tensor& grad_out, const Tensor& mask, const Tenso
 }
 
 std::string cpu_capability() { return capability().name; }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_bottleneck, CPU, m) {
   m.impl("channel_moments", TORCH_BOX(&channel_moments));

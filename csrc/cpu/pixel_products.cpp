@@ -7,11 +7,10 @@
 #include <algorithm>
 #include <tuple>
 
+#include "cpu_ops.h"
 #include "pixel_product.h"
 
 namespace fused_bottleneck::cpu {
-namespace {
-
 Tensor transposed_product(const Tensor& a, const Tensor& b, const Tensor& lent) {
   constexpr const char* op = "transposed_product";
   check_matrix(op, "a", a);
@@ -35,6 +34,8 @@ Tensor transposed_product(const Tensor& a, const Tensor& b, const Tensor& lent) 
   });
   return product.total(a, swapped);
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> symmetric_product(const char* op, const Tensor& d, const Tensor& lent,
                                              bool in_double) {
@@ -63,6 +64,8 @@ std::tuple<Tensor, Tensor> symmetric_product(const char* op, const Tensor& d, co
               static_cast<double*>(sum_d.mutable_data_ptr()));
   return {sum_d, product.symmetric_total<double>(d)};
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> gram(const Tensor& d, const Tensor& workspace) {
   return symmetric_product("gram", d, workspace, false);
@@ -119,8 +122,6 @@ std::tuple<Tensor, Tensor> masked_products_(const Tensor& grad_out, const Tensor
   return {sum_parts(args, blocks.threads, [&](int64_t thread) { return sums.first(thread); }),
           s.total(grad_out, false)};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_bottleneck, CPU, m) {
   m.impl("transposed_product", TORCH_BOX(&transposed_product));

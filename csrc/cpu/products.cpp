@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu_ops.h"
 #include "product_operands.h"
 
 namespace fused_bottleneck::cpu {
@@ -114,6 +115,8 @@ class Product {
 const float* row_of(const void* matrix, int64_t row, int64_t channels) {
   return matrix == nullptr ? nullptr : static_cast<const float*>(matrix) + row * channels;
 }
+
+}  // namespace
 
 void product_(const Tensor& a, const Tensor& weight, const Tensor& out, const Tensor& workspace) {
   Product product("product_", a, weight);
@@ -266,8 +269,6 @@ std::tuple<Tensor, Tensor> product_bn_backward_reduce_(
 }
 
 bool has_products() { return capability().products != nullptr; }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_bottleneck, CPU, m) {
   m.impl("product_", TORCH_BOX(&product_));

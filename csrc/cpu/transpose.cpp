@@ -146,6 +146,8 @@ void transpose(const Tensor& x, const Tensor& out, int64_t first) {
                     lines && goes_past_caches(out)});
 }
 
+}  // namespace
+
 void transpose_(const Tensor& x, const Tensor& out, int64_t first) {
   constexpr const char* op = "transpose_";
   check_dense(op, "x", x, x.dim() == 3 && x.is_contiguous(), "matrices [B, R, C]",
@@ -164,8 +166,6 @@ void transpose_(const Tensor& x, const Tensor& out, int64_t first) {
       return transpose<int16_t>(x, out, first);
   }
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_bottleneck, CPU, m) {
   m.impl("transpose_", TORCH_BOX(&transpose_));

@@ -12,6 +12,7 @@
 
 #include "../stable_utils.h"
 #include "blocking.h"
+#include "cpu_ops.h"
 #include "kernels.h"
 #include "products.h"
 #include "winograd.h"
@@ -204,6 +205,8 @@ WinogradScheme grad_scheme(const char* op, int64_t stride, int64_t count, int64_
   return direct < kWorthOfDirect * strided ? WinogradScheme::direct : scheme;
 }
 
+}  // namespace
+
 // Enough for a convolution with an output (if transposed: gradient of the input) [N, H, W, C] from
 // `depth` channels, and for the gradient of its weight.
 int64_t winograd_workspace(int64_t count, int64_t height, int64_t width, int64_t depth,
@@ -219,6 +222,8 @@ int64_t winograd_workspace(int64_t count, int64_t height, int64_t width, int64_t
       Plan(kernels, tile_count(count, height, width, kernels.outputs), depth, channels).bytes(),
       GradPlan(grad, tile_count(count, height, width, grad.outputs), channels, depth).bytes());
 }
+
+namespace {
 
 // `out` output channels from `first` on of the weight [K, C, 3, 3] with any strides as U;
 // transposed: as that of the gradient of the input, turned where the scheme does not turn it
@@ -273,6 +278,8 @@ class GivenPrologue {
   std::vector<float> zeros_;
   Prologue value_;
 };
+
+}  // namespace
 
 void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool transposed,
                     const Tensor& out, const Tensor& lent, const OptionalTensor& mean,
@@ -391,8 +398,6 @@ Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
   });
   return out;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fused_bottleneck, CPU, m) {
   m.impl("winograd_conv_", TORCH_BOX(&winograd_conv_));
