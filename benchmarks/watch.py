@@ -111,6 +111,12 @@ class WatchedStages:
     ) -> None:
         self._stages.__exit__(kind, error, trace)
 
+    def whole_forward(self, *arguments: object) -> None:
+        """Stage by stage: a program that runs as a whole has nothing to be timed."""
+
+    def whole_backward(self, *arguments: object) -> None:
+        """Likewise."""
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._stages, name)
 

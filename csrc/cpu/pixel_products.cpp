@@ -108,15 +108,18 @@ std::tuple<Tensor, Tensor> masked_products_(const Tensor& grad_out, const Tensor
     s.add(block, source, from_d);
     for (int64_t row = 0; row < block.rows; row += most) {
       const int64_t part = std::min(most, block.rows - row);
+      float* rows = to + (block.begin + row) * narrow;
+      // Whole tiles are computed where they belong.
+      float* result = part % kRowMultiple == 0 ? rows : values;
       kernels.multiply({round_up(part, kRowMultiple),
                         wide,
                         narrow,
                         left + row * kLeft,
                         s.left_rows,
                         packed.panels,
-                        values,
+                        result,
                         {}});
-      std::copy_n(values, part * narrow, to + (block.begin + row) * narrow);
+      if (result != rows) std::copy_n(result, part * narrow, rows);
     }
   });
   return {sum_parts(args, blocks.threads, [&](int64_t thread) { return sums.first(thread); }),

@@ -39,26 +39,16 @@ class Product {
   // epilogue(block, values [rows, channels]); blocks run in parallel.
   template <class Epilogue>
   void run(const Blocks& blocks, const Tensor& lent, const Epilogue& epilogue) {
-    const ProductKernels& kernels = kernels_in_use();
-    Workspace workspace(op_, lent, workspace_bytes(rows, depth_, channels));
-    const float* right = pack_weights(workspace);
-    const int64_t floats = product_floats(blocks, depth_, channels);
-    float* panels = workspace.take<float>(blocks.threads * floats);
-    const int64_t stride = left_stride(blocks.block);
-    parallel_free_blocks(blocks, [&](const Block& block) {
-      float* left = panels + block.worker * floats;
-      float* values = left + depth_ * stride;
-      float* next = left;
-      for (const Source& source : sources_) {
-        kernels.pack_left({source.data + block.begin * source.channels, block.rows, source.channels,
-                           source.channels, stride, nullptr, next, nullptr});
-        next += source.channels * stride;
-      }
-      Multiply call{
-          round_up(block.rows, kRowMultiple), depth_, channels, left, stride, right, values, {}};
-      look_ahead(block, call.ahead);
-      kernels.multiply(call);
-      epilogue(block, values);
+    run_into(nullptr, blocks, lent, epilogue);
+  }
+
+  // The values into a matrix [rows, channels]; then epilogue(block, its rows there).
+  template <class Epilogue>
+  void run_to(float* to, const Blocks& blocks, const Tensor& lent, const Epilogue& epilogue) {
+    run_into(to, blocks, lent, [&](const Block& block, const float* values) {
+      float* rows = to + block.begin * channels;
+      if (values != rows) std::copy_n(values, block.rows * channels, rows);
+      epilogue(block, rows);
     });
   }
 
@@ -74,6 +64,33 @@ class Product {
     const void* matrix;
     int64_t row_bytes;
   };
+
+  // A block of whole tiles is computed where it belongs, if there is such a place.
+  template <class Epilogue>
+  void run_into(float* to, const Blocks& blocks, const Tensor& lent, const Epilogue& epilogue) {
+    const ProductKernels& kernels = kernels_in_use();
+    Workspace workspace(op_, lent, workspace_bytes(rows, depth_, channels));
+    const float* right = pack_weights(workspace);
+    const int64_t floats = product_floats(blocks, depth_, channels);
+    float* panels = workspace.take<float>(blocks.threads * floats);
+    const int64_t stride = left_stride(blocks.block);
+    parallel_free_blocks(blocks, [&](const Block& block) {
+      float* left = panels + block.worker * floats;
+      float* values = left + depth_ * stride;
+      if (to != nullptr && block.rows % kRowMultiple == 0) values = to + block.begin * channels;
+      float* next = left;
+      for (const Source& source : sources_) {
+        kernels.pack_left({source.data + block.begin * source.channels, block.rows, source.channels,
+                           source.channels, stride, nullptr, next, nullptr});
+        next += source.channels * stride;
+      }
+      Multiply call{
+          round_up(block.rows, kRowMultiple), depth_, channels, left, stride, right, values, {}};
+      look_ahead(block, call.ahead);
+      kernels.multiply(call);
+      epilogue(block, values);
+    });
+  }
 
   // The epilogue's rows of this block, and the sources' of the next one.
   void look_ahead(const Block& block, Ahead* ahead) const {
@@ -123,9 +140,7 @@ void product_(const Tensor& a, const Tensor& weight, const Tensor& out, const Te
   check_matrix("product_", "out", out, ScalarType::Float, product.rows, product.channels);
   check_disjoint("product_", "out", out, "a", a);
   float* to = static_cast<float*>(out.mutable_data_ptr());
-  product.run(product.blocks(), workspace, [&](const Block& block, const float* values) {
-    std::copy_n(values, block.rows * product.channels, to + block.begin * product.channels);
-  });
+  product.run_to(to, product.blocks(), workspace, [](const Block&, const float*) {});
 }
 
 void product_add_(const Tensor& a, const Tensor& weight, const Tensor& addend,
@@ -158,8 +173,7 @@ std::tuple<Tensor, Tensor> product_moments_(const Tensor& a, const Tensor& weigh
   const Blocks blocks = product.blocks();
   const Partials partials(blocks.count(), product.channels);
   std::vector<int64_t> sizes(blocks.count(), 0);
-  product.run(blocks, workspace, [&](const Block& block, const float* values) {
-    std::copy_n(values, block.rows * product.channels, to + block.begin * product.channels);
+  product.run_to(to, blocks, workspace, [&](const Block& block, const float* values) {
     sizes[block.index] = block.rows;
     kernels.channel_moments({product.channels, values}, 0, block.rows, partials.first(block.index),
                             partials.second(block.index));

@@ -77,21 +77,26 @@ FB_INLINE void write_left(float* out, int64_t apart, FloatVector v) {
 #endif
 }
 
-// A tile of rows and channels; total[0 ..] are the sums of its columns.
+// Rows [row_begin, row_end) of channels [c_begin, c_end). Summed: total[0 ..] are the sums of the
+// columns.
+template <bool Masked, bool Summed>
 FB_INLINE void pack_left_tile(const PackRows& p, int64_t row_begin, int64_t row_end,
                               int64_t c_begin, int64_t c_end, float* total) {
   const int64_t panel = p.stride * kLeft;
   const int64_t mask_stride = (p.channels + 7) / 8;
-  clear(total);
+  if constexpr (Summed) clear(total);
   for (int64_t row = row_begin; row < row_end; ++row) {
     const float* source = p.source + row * p.source_stride;
-    for (int64_t c = c_begin; c < c_end; c += kVector) {
+    float* out = p.panels + c_begin / kLeft * panel + row * kLeft;
+    for (int64_t c = c_begin; c < c_end; c += kVector, out += kVector / kLeft * panel) {
       FloatVector v = load(Float{}, source + c);
-      if (p.mask != nullptr)
+      if constexpr (Masked)
         v = where_bits(Float{}, read_bits(Float{}, p.mask + row * mask_stride, c), v);
-      float* sum = total + (c - c_begin);
-      store(Float{}, sum, load(Float{}, sum) + v);
-      write_left(p.panels + c / kLeft * panel + row * kLeft, panel, v);
+      if constexpr (Summed) {
+        float* sum = total + (c - c_begin);
+        store(Float{}, sum, load(Float{}, sum) + v);
+      }
+      write_left(out, panel, v);
     }
   }
 }
@@ -100,14 +105,24 @@ FB_INLINE void pack_left_tile(const PackRows& p, int64_t row_begin, int64_t row_
 // length.
 constexpr int64_t kChain = 48;
 
-void pack_left(const PackRows& p) {
+template <bool Masked>
+FB_INLINE void pack_left_of(const PackRows& p) {
+  if (p.sums == nullptr)
+    return pack_left_tile<Masked, false>(p, 0, p.rows, 0, p.channels, nullptr);
   float total[kChannelBlock];
-  const int64_t tile_rows = p.sums == nullptr ? p.rows : kChain;
-  for_each_tile(0, p.rows, p.channels, tile_rows,
+  for_each_tile(0, p.rows, p.channels, kChain,
                 [&](int64_t row_begin, int64_t row_end, int64_t c_begin, int64_t c_end) {
-                  pack_left_tile(p, row_begin, row_end, c_begin, c_end, total);
-                  if (p.sums != nullptr) add_tile_sum(total, c_begin, c_end, p.sums);
+                  pack_left_tile<Masked, true>(p, row_begin, row_end, c_begin, c_end, total);
+                  add_tile_sum(total, c_begin, c_end, p.sums);
                 });
+}
+
+void pack_left(const PackRows& p) {
+  if (p.mask == nullptr) {
+    pack_left_of<false>(p);
+  } else {
+    pack_left_of<true>(p);
+  }
   const int64_t padded = (p.rows + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
   for (int64_t c = 0; c < p.channels; c += kLeft)
     for (int64_t at = p.rows * kLeft; at < padded * kLeft; ++at) p.panels[c * p.stride + at] = 0;
@@ -191,7 +206,7 @@ class Prefetcher {
 
   FB_INLINE void step() {
     for (int64_t i = 0; i < lines_ && next_ != end_; ++i) {
-      __builtin_prefetch(at_, 0, 2);
+      __builtin_prefetch(at_, 0, 3);
       at_ += kLine;
       if (at_ >= stop_) {
         ++next_;
