@@ -67,14 +67,30 @@ def pooled_bytes() -> int:
         return sum(buffer.numel() for buffer in _free)
 
 
-def _acquire(size: int, largest: bool = False) -> Tensor:
-    """The smallest (or the largest) free buffer of at least size bytes, or a new one."""
+# A buffer of which a smaller part would be used is left to larger needs.
+_LEAST_USED = 1 / 4
+
+
+def _acquire(size: int) -> Tensor:
+    """The smallest free buffer of at least size bytes, not much larger, or a new one."""
     with _lock:
-        if largest and _free and _free[-1].numel() >= size:
-            return _free.pop()
         for i, buffer in enumerate(_free):  # in order of size
-            if buffer.numel() >= size:
+            if size <= buffer.numel() <= max(size / _LEAST_USED, _GRANULE):
                 return _free.pop(i)
+    return _new_buffer(size)
+
+
+def _acquire_largest(size: int) -> Tensor:
+    """The largest free buffer or, in its place where it has less than size bytes, a new one."""
+    with _lock:
+        largest = _free.pop() if _free else None
+    if largest is not None and largest.numel() >= size:
+        return largest
+    del largest  # before there is the new one
+    return _new_buffer(size)
+
+
+def _new_buffer(size: int) -> Tensor:
     return large_empty((-(-size // _GRANULE) * _GRANULE,), torch.uint8)
 
 
@@ -203,7 +219,7 @@ class Lease:
         if buffer is not None:
             self._buffers = [kept for kept in self._buffers if kept is not buffer]
             _give_back([buffer])
-        larger = _acquire(size, largest=True)
+        larger = _acquire_largest(size)
         self._buffers.append(larger)
         return larger
 

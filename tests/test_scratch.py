@@ -57,13 +57,31 @@ def test_leased_buffers_are_distinct() -> None:
 
 def test_swapped_buffer_is_free_again_and_the_new_one_is_not() -> None:
     with scratch.Lease() as lease:
+        large = lease.take_bytes(2**23)
+    with scratch.Lease() as lease:
+        small = lease.swap(None, 2**20)
+        assert small.data_ptr() == large.data_ptr()  # the only one there is
+        other = lease.swap(small, 2**22)
+        assert other.data_ptr() == large.data_ptr()
+        assert scratch.pooled_bytes() == 0
+    assert scratch.pooled_bytes() == other.numel()
+
+
+def test_swap_replaces_what_is_too_small() -> None:
+    with scratch.Lease() as lease:
         small = lease.swap(None, 2**20)
         large = lease.swap(small, 2 * small.numel())
         assert large.numel() >= 2 * small.numel()
-        assert scratch.pooled_bytes() == small.numel()
-        assert lease.take_bytes(2**20).data_ptr() == small.data_ptr()
         assert scratch.pooled_bytes() == 0
-    assert scratch.pooled_bytes() == small.numel() + large.numel()
+    assert scratch.pooled_bytes() == large.numel()
+
+
+def test_small_need_leaves_a_large_buffer_alone() -> None:
+    with scratch.Lease() as lease:
+        large = lease.take_bytes(2**24)
+    with scratch.Lease() as lease:
+        assert lease.take_bytes(2**20).data_ptr() != large.data_ptr()
+        assert lease.take_bytes(2**23).data_ptr() == large.data_ptr()
 
 
 def test_swap_takes_the_largest() -> None:

@@ -8,39 +8,69 @@ namespace fused_bottleneck::cpu {
 
 namespace {
 
-// The most that a product of so many images' pixels with a tail unit's weight needs.
-int64_t tail_product_bytes(const BlockSizes& s, int64_t images) {
+// The most that a product of so many images' pixels with a tail unit's weight, [channels, W],
+// needs.
+int64_t images_bytes(const BlockSizes& s, int64_t images, int64_t channels) {
   const int64_t rows = images * s.out_height * s.out_width;
-  if (rows == 0) return 0;
-  const int64_t conv3 = workspace_bytes(rows, s.width, s.out_channels);
-  if (!s.has_downsample()) return conv3;
-  return std::max({conv3, workspace_bytes(rows, s.in_channels, s.out_channels),
-                   workspace_bytes(rows, s.width + s.in_channels, s.out_channels)});
+  return rows == 0 ? 0 : product_bytes(rows, channels, s.out_channels);
 }
 
-// And one of the gram way's: over pixels, and of the weight, with [channels, channels].
+// The output of that many images, from the operands of all units that are folded into one product.
+int64_t output_bytes(const BlockSizes& s, int64_t images) {
+  const int64_t both = s.has_downsample() ? s.width + s.in_channels : s.width;
+  return images_bytes(s, images, both);
+}
+
+// A unit in the gram way: over pixels, and of the weight, with [channels, channels].
 int64_t gram_bytes(const BlockSizes& s, int64_t channels) {
-  return std::max(workspace_bytes(s.out_rows(), channels, channels),
-                  workspace_bytes(s.out_channels, channels, channels));
+  return std::max({images_bytes(s, s.count, channels),
+                   summed_bytes(s.out_rows(), channels, channels),
+                   summed_bytes(s.out_rows(), s.out_channels, channels),
+                   product_bytes(s.out_rows(), channels, channels),
+                   product_bytes(s.out_channels, channels, channels),
+                   summed_bytes(s.out_channels, channels, channels)});
+}
+
+// In the product way, with that many images computed again.
+int64_t product_way_bytes(const BlockSizes& s, int64_t channels, int64_t again) {
+  return std::max({images_bytes(s, s.count, channels), images_bytes(s, again, channels),
+                   product_bytes(s.out_rows(), s.out_channels, channels),
+                   transposed_bytes(s.out_rows(), s.out_channels, channels)});
 }
 
 int64_t conv_bytes(const BlockSizes& s) {
   return std::max(
-      {workspace_bytes(s.in_rows(), s.in_channels, s.width),
+      {product_bytes(s.in_rows(), s.in_channels, s.width),
+       product_bytes(s.in_rows(), s.width, s.in_channels),
+       transposed_bytes(s.in_rows(), s.in_channels, s.width),
        winograd_workspace(s.count, s.out_height, s.out_width, s.width, s.width, s.stride, false),
        winograd_workspace(s.count, s.in_height, s.in_width, s.width, s.width, s.stride, true)});
 }
 
 }  // namespace
 
+void BlockSizes::check(const char* op, const Tensor& x, const Tensor& y1, const Tensor& y2,
+                       size_t units) const {
+  STD_TORCH_CHECK(units == images.size() + 2, op, ": expected ", images.size() + 2, " units, got ",
+                  units);
+  check_images(op, "x", x, {count, in_channels, in_height, in_width});
+  check_images(op, "y1", y1, {count, width, in_height, in_width});
+  check_images(op, "y2", y2, {count, width, out_height, out_width});
+}
+
 int64_t BlockSizes::workspace_bytes(int64_t chunk) const {
-  int64_t bytes = std::max(conv_bytes(*this), tail_product_bytes(*this, count));
+  int64_t bytes = std::max(conv_bytes(*this), output_bytes(*this, count));
   if (chunk > 0)
-    bytes = std::max(
-        {bytes, tail_product_bytes(*this, chunk), tail_product_bytes(*this, count % chunk)});
-  for (size_t unit = 0; unit < images.size(); ++unit)
-    bytes = std::max(bytes, is_gram(unit) ? gram_bytes(*this, unit == 0 ? width : in_channels)
-                                          : tail_product_bytes(*this, count - images[unit]));
+    bytes = std::max({bytes, output_bytes(*this, chunk), output_bytes(*this, count % chunk)});
+  for (size_t unit = 0; unit < images.size(); ++unit) {
+    const int64_t channels = unit == 0 ? width : in_channels;
+    bytes =
+        std::max(bytes, is_gram(unit) ? gram_bytes(*this, channels)
+                                      : product_way_bytes(*this, channels, count - images[unit]));
+    if (chunk > 0)  // of one folded unit alone
+      bytes = std::max({bytes, images_bytes(*this, chunk, channels),
+                        images_bytes(*this, count % chunk, channels)});
+  }
   return bytes;
 }
 

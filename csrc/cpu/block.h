@@ -28,12 +28,6 @@ inline Tensor matrix_over(const float* data, int64_t rows, int64_t channels) {
   return view_of(data, {rows, channels}, {channels, 1}, ScalarType::Float);
 }
 
-// uint8, from a byte of a uint8 tensor on.
-inline Tensor bytes_from(const Tensor& lent, int64_t offset) {
-  return view_of(static_cast<const char*>(lent.const_data_ptr()) + offset, {lent.numel() - offset},
-                 {1}, ScalarType::Byte);
-}
-
 // [N, C, H, W] float32 images in channels_last memory.
 struct Pixels {
   // Of a tensor in channels_last memory.
@@ -95,6 +89,10 @@ Tensor vector_of(const Tensor& like, int64_t size, const F& f) {
 // way (tail_plan.py).
 constexpr int64_t kGram = -1;
 
+// How many tensors backward gets: y1, y2, the mask and mean and invstd of two normalisations; of a
+// tail unit by its way.
+constexpr size_t kSavedOfConvs = 7, kSavedOfGram = 5, kSavedOfProduct = 3;
+
 // The block's sizes, from ops.cpp's list of them. The downsample's stride is 0 without one.
 struct BlockSizes {
   explicit BlockSizes(const std::vector<int64_t>& s, const std::vector<int64_t>& images)
@@ -109,8 +107,18 @@ struct BlockSizes {
 
   bool has_downsample() const { return downsample_stride > 0; }
   bool is_gram(size_t unit) const { return images[unit] == kGram; }
+  size_t saved() const {
+    size_t count = kSavedOfConvs;
+    for (size_t unit = 0; unit < images.size(); ++unit)
+      count += is_gram(unit) ? kSavedOfGram : kSavedOfProduct;
+    return count;
+  }
   // Whether the downsample's operand is written: its pixels are apart, or it is centred.
   bool writes_strided() const { return has_downsample() && (downsample_stride > 1 || is_gram(1)); }
+  // Throws unless these are x and the narrow tensors of such a block, and units its lists' length.
+  void check(const char* op, const Tensor& x, const Tensor& y1, const Tensor& y2,
+             size_t units) const;
+
   int64_t in_rows() const { return count * in_height * in_width; }
   int64_t out_rows() const { return count * out_height * out_width; }
 
@@ -165,6 +173,26 @@ struct BackwardScratch {
   Scratch layout;
   int64_t operand, strided, wide[2], products[2], grad, workspace;
 };
+
+// The last array of scratch, from `offset` on; throws unless there are `bytes` of it.
+inline Tensor workspace_of(const char* op, const Tensor& scratch, int64_t bytes, int64_t offset) {
+  STD_TORCH_CHECK(scratch.is_cpu() && scratch.scalar_type() == ScalarType::Byte &&
+                      scratch.is_contiguous() && scratch.numel() >= bytes,
+                  op, ": expected scratch to have ", bytes, " bytes on the CPU, got ",
+                  describe(scratch));
+  return view_of(static_cast<const char*>(scratch.const_data_ptr()) + offset,
+                 {scratch.numel() - offset}, {1}, ScalarType::Byte);
+}
+
+// Throws unless t is float32 [N, C, H, W] of these sizes in channels_last memory, or contiguous if
+// that may be.
+inline void check_images(const char* op, const char* name, const Tensor& t,
+                         std::initializer_list<int64_t> sizes, bool contiguous_too = false) {
+  const bool right = t.is_cpu() && t.scalar_type() == ScalarType::Float && has_sizes(t, sizes);
+  STD_TORCH_CHECK(right && (is_channels_last(t) || (contiguous_too && t.is_contiguous())), op,
+                  ": expected ", name, " to be float32 ", shape_name(sizes),
+                  ", channels_last, on the CPU, got ", describe(t));
+}
 
 // --- algebra ---
 

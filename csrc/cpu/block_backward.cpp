@@ -38,10 +38,7 @@ class Backward {
         grad_out_(grad_out),
         mask_(mask),
         memory_(data_of(lent)),
-        workspace_(bytes_from(lent, at.workspace)) {
-    STD_TORCH_CHECK(lent.numel() >= at.layout.bytes, "block_backward_: expected scratch to have ",
-                    at.layout.bytes, " bytes, got ", lent.numel());
-  }
+        workspace_(workspace_of("block_backward_", lent, at.layout.bytes, at.workspace)) {}
 
   float* scratch(int64_t offset) const { return memory_ + offset / sizeof(float); }
 
@@ -177,7 +174,12 @@ std::vector<Tensor> block_backward_(
     const std::vector<int64_t>& images, const std::vector<bool>& needs_weight,
     const OptionalTensor& grad_x, const Tensor& scratch) {
   const BlockSizes block(sizes, images);
+  STD_TORCH_CHECK(saved.size() == block.saved(), "block_backward_: expected ", block.saved(),
+                  " saved tensors, got ", saved.size());
   const Tensor &y1 = saved[0], &y2 = saved[1], &mask = saved[2];
+  block.check("block_backward_", x, y1, y2, weights.size());
+  check_images("block_backward_", "grad_out", grad_out,
+               {block.count, block.out_channels, block.out_height, block.out_width});
   const auto norm = [&](size_t unit) {
     const Tensor &mean = saved[3 + 2 * unit], &invstd = saved[4 + 2 * unit];
     return Norm{mean, invstd, scale_of(gammas[unit], invstd), betas[unit]};
@@ -186,16 +188,15 @@ std::vector<Tensor> block_backward_(
   Backward backward(block, grad_out, mask, scratch);
   const auto at = [&](int64_t offset) { return backward.scratch(offset); };
   std::vector<TailState> states;
-  size_t next = 7;
+  size_t next = kSavedOfConvs;
   for (size_t unit = 0; unit < images.size(); ++unit) {
+    const Tensor* s = &saved[next];
     if (block.is_gram(unit)) {
-      states.push_back({saved[next], saved[next + 1], saved[next + 2], saved[next + 3],
-                        saved[next + 4], std::nullopt});
-      next += 5;
+      states.push_back({s[0], s[1], s[2], s[3], s[4], std::nullopt});
+      next += kSavedOfGram;
     } else {
-      states.push_back({saved[next], saved[next + 1], std::nullopt, std::nullopt, std::nullopt,
-                        saved[next + 2]});
-      next += 3;
+      states.push_back({s[0], s[1], std::nullopt, std::nullopt, std::nullopt, s[2]});
+      next += kSavedOfProduct;
     }
   }
   const Pixels operand = block.after(at(backward.at.operand), block.width);

@@ -65,10 +65,7 @@ class Forward {
         chunk_(chunk),
         most_cancellation_(most_cancellation),
         memory_(data_of(lent)),
-        workspace_(bytes_from(lent, at.workspace)) {
-    STD_TORCH_CHECK(lent.numel() >= at.layout.bytes, "block_forward_: expected scratch to have ",
-                    at.layout.bytes, " bytes, got ", lent.numel());
-  }
+        workspace_(workspace_of("block_forward_", lent, at.layout.bytes, at.workspace)) {}
 
   Norm conv1(const Tensor& x, const Unit& unit, const Tensor& y) {
     const auto moments = product_moments_(x, weight_columns(unit.weight), y, workspace_);
@@ -292,6 +289,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> block_forward_(
     double most_cancellation, const Tensor& y1, const Tensor& y2, const std::vector<Tensor>& kept,
     const Tensor& out, const Tensor& mask, const Tensor& scratch) {
   const BlockSizes block(sizes, images);
+  block.check("block_forward_", x, y1, y2, weights.size());
+  check_images("block_forward_", "out", out,
+               {block.count, block.out_channels, block.out_height, block.out_width}, true);
   const auto unit = [&](size_t i) {
     return Unit{weights[i], biases[i], gammas[i], betas[i], eps[i]};
   };

@@ -182,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> fold_backward_(const Tensor& weight, const Op
                           data(dgamma),
                           factors.data()};
   const float* from_a = args.matrix("a", a);
-  Workspace workspace(op, lent, workspace_bytes(args.rows, args.channels, args.channels));
+  Workspace workspace(op, lent, summed_bytes(args.rows, args.channels, args.channels));
   torch::stable::parallel_for(0, args.rows, kGrainRows, [&](int64_t begin, int64_t end) {
     fold_kernels().fold_backward(call, begin, end);
   });

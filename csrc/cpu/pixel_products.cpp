@@ -20,7 +20,7 @@ Tensor transposed_product(const Tensor& a, const Tensor& b, const Tensor& lent) 
   const bool swapped = sizes[0] < sizes[1];  // the narrower one on the right
   const int64_t wide = sizes[swapped], narrow = sizes[!swapped];
   PixelProduct product(rows, wide, narrow, Split::of(wide * narrow));
-  Workspace workspace(op, lent, workspace_bytes(rows, wide, narrow));
+  Workspace workspace(op, lent, transposed_bytes(rows, wide, narrow));
   product.take(workspace);
   const ProductKernels& kernels = kernels_in_use();
   const float *from_wide = sources[swapped], *from_narrow = sources[!swapped];
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> symmetric_product(const char* op, const Tensor& d, co
   const float* source = product_matrix(op, "d", d, rows);
   const Split split = Split::by_rows(channels * channels);
   PixelProduct product(rows, channels, channels, split, Symmetry::covariance, in_double);
-  Workspace workspace(op, lent, workspace_bytes(rows, channels, channels));
+  Workspace workspace(op, lent, summed_bytes(rows, channels, channels));
   product.take(workspace);
   const int64_t threads = product.blocks.threads;
   const Partials sums(threads, channels);
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor> masked_products_(const Tensor& grad_out, const Tensor
   check_disjoint(op, "out", out, "d", d);
   float* to = static_cast<float*>(out.mutable_data_ptr());
   PackWeight packed = product_weight(op, "weight", weight, wide, narrow);
-  Workspace workspace(op, lent, workspace_bytes(args.rows, wide, narrow));
+  Workspace workspace(op, lent, summed_bytes(args.rows, wide, narrow));
   packed.panels = workspace.take<float>(wide * narrow);
   pack(packed);
   PixelProduct s(args.rows, wide, narrow, Split::by_rows(wide * narrow));

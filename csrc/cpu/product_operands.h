@@ -59,19 +59,35 @@ inline int64_t pixel_total(int64_t rows, int64_t wide, int64_t narrow, const Spl
                            2 * round_up(wide * narrow, kAlignment));  // sums are double
 }
 
+// A weight, which all of them pack but products over pixels alone.
+inline int64_t bytes_with_weight(int64_t floats, int64_t weight) {
+  return (floats + round_up(weight, kAlignment)) * static_cast<int64_t>(sizeof(float)) + kAlignment;
+}
+
+// What a product of [rows, depth] and [depth, channels] needs.
+inline int64_t product_bytes(int64_t rows, int64_t depth, int64_t channels) {
+  return bytes_with_weight(product_total(rows, depth, channels), depth * channels);
+}
+
+// One over pixels, with sums of all threads' own only where these are small.
+inline int64_t transposed_bytes(int64_t rows, int64_t a, int64_t b) {
+  return bytes_with_weight(pixel_total(rows, std::max(a, b), std::min(a, b), Split::of(a * b)), 0);
+}
+
+// One over pixels with sums of every thread's own, and a weight [left, right].
+inline int64_t summed_bytes(int64_t rows, int64_t left, int64_t right) {
+  return bytes_with_weight(pixel_total(rows, left, right, Split::by_rows(left * right)),
+                           left * right);
+}
+
 // What any product of [rows, depth] and [depth, channels], either way round or over pixels, needs.
 inline int64_t workspace_bytes(int64_t rows, int64_t depth, int64_t channels) {
   STD_TORCH_CHECK(rows > 0 && depth > 0 && channels > 0,
                   "product_workspace: expected rows, depth and channels to be positive, got ", rows,
                   ", ", depth, ", ", channels);
-  const int64_t wide = std::max(depth, channels), narrow = std::min(depth, channels);
-  const int64_t floats =
-      std::max({product_total(rows, depth, channels), product_total(rows, channels, depth),
-                pixel_total(rows, wide, narrow, Split::of(wide * narrow)),
-                pixel_total(rows, depth, channels, Split::by_rows(depth * channels)),
-                pixel_total(rows, channels, depth, Split::by_rows(depth * channels))});
-  return (floats + round_up(depth * channels, kAlignment)) * static_cast<int64_t>(sizeof(float)) +
-         kAlignment;
+  return std::max({product_bytes(rows, depth, channels), product_bytes(rows, channels, depth),
+                   transposed_bytes(rows, depth, channels), summed_bytes(rows, depth, channels),
+                   summed_bytes(rows, channels, depth)});
 }
 
 // --- operands ---

@@ -69,7 +69,7 @@ class Product {
   template <class Epilogue>
   void run_into(float* to, const Blocks& blocks, const Tensor& lent, const Epilogue& epilogue) {
     const ProductKernels& kernels = kernels_in_use();
-    Workspace workspace(op_, lent, workspace_bytes(rows, depth_, channels));
+    Workspace workspace(op_, lent, product_bytes(rows, depth_, channels));
     const float* right = pack_weights(workspace);
     const int64_t floats = product_floats(blocks, depth_, channels);
     float* panels = workspace.take<float>(blocks.threads * floats);
