@@ -54,9 +54,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def takes_product(shape: BlockShape, batch: int, device: str, dtype: torch.dtype) -> bool:
     """Whether a unit of the block's tail goes the product way there (fused_bottleneck/tail.py)."""
+    if device != "cpu":
+        return False  # no tensors of a device are made to ask
 
     def tensor(*sizes: int) -> torch.Tensor:
-        return torch.empty((), dtype=dtype, device=device).expand(sizes)
+        return torch.empty((), dtype=dtype).expand(sizes)
 
     inputs = [shape.width, *([shape.in_channels] if shape.downsample else [])]
     weights = [tensor(shape.out_channels, channels, 1, 1) for channels in inputs]

@@ -12,6 +12,10 @@ from . import extension
 # 14x14 and 7x7, float32, two threads.
 _PASSES = 150
 _WORTH_OF_GRAM = 1.1  # it keeps less for backward
+# S = g^T D is rounded once, what it stands for in the plain block at every pixel, which averages.
+# Where channels go together (tests/test_numerics.py) the error of grad x over the plain block's was
+# 1.8 to 2.3 with 168 pixels, 1.2 with 784, 1.0 with 3136.
+_GRAM_PIXELS = 1024
 
 
 def uses_gram(
@@ -24,13 +28,16 @@ def uses_gram(
     what is not kept of the output once more and the passes over it. What leads to a variance is in
     float64, at 0.4 of the rate, but in this library's products (see ``needs_double``). Not
     counted: there the second of the weight is half a product.
-    Elsewhere memory decides, and the gram way always moves less of it.
+    Elsewhere memory decides, and the gram way always moves less of it. Few pixels never take it on
+    CPU: it would be less accurate; in 16 bits their own rounding is larger.
 
     kept: the part of the output that there is room for (``images_to_keep``). It counts with this
     library's products only, where it was measured.
     """
     if device != "cpu":
         return True
+    if pixels < _GRAM_PIXELS and dtype.itemsize > 2:
+        return False
     single = dtype == torch.float32 and extension.has_products()
     cost = 1 if single else 2.5
     gram = (0.5 * cost + 1) * pixels * channels**2 + (cost + 1) * width * channels**2
@@ -120,15 +127,19 @@ def writes_operand(reads: int) -> bool:
     return reads >= LEAST_READS_TO_WRITE
 
 
-_WINOGRAD_PIXELS = 512
+_WINOGRAD_PIXELS = 160
+_WINOGRAD_CHANNELS = 128
 
 
 def uses_winograd(output: Sequence[int]) -> bool:
     """Whether a 3x3 convolution on CPU with that output ``[N, C, H, W]`` goes Winograd's way.
 
     So do the gradients of its input and weight. With every pixel it pays for transforming the
-    weight. Time against oneDNN's, two threads, down to 784 pixels: stride 1 0.6 to 0.75, its
-    weight's gradient 0.4 to 0.75; stride 2 0.8 to 0.95, 0.45 to 0.7.
+    weight, and with a weight of few channels always, as only then a block runs as one op
+    (cpu_block.py). Time against oneDNN's, two threads, down to 784 pixels: stride 1 0.6 to 0.75,
+    its weight's gradient 0.4 to 0.75; stride 2 0.8 to 0.95, 0.45 to 0.7. Of a block's step, against
+    the other way: 512 channels, 196 and 392 pixels 0.8, 98 pixels 1.05; 64 channels, 49 to 392
+    pixels 0.55 to 0.7.
     """
-    n, _, h, w = output
-    return n * h * w >= _WINOGRAD_PIXELS
+    n, channels, h, w = output
+    return n * h * w >= _WINOGRAD_PIXELS or channels <= _WINOGRAD_CHANNELS

@@ -444,8 +444,10 @@ class Stages:
         does not depend on S, so that an implementation may take g a in the same pass over g.
         """
         g = matrix(self._masked(grad))
-        g = g.to(accumulation_dtype(g.dtype))
-        return g.sum(0), [g.t() @ matrix(self._operand(d)).to(g.dtype) for d in operands]
+        acc = accumulation_dtype(g.dtype)
+        g = g.to(acc if g.dtype.itemsize == 2 else torch.float64)  # in 16 bits products are exact
+        products = [g.t() @ matrix(self._operand(d)).to(g.dtype) for d in operands]
+        return g.sum(0).to(acc), [s.to(acc) for s in products]
 
     def _operand_grad(self, g: Tensor, operand: Operand, grad: OperandGrad) -> Tensor:
         """``g a + D b + shift`` in the accumulation dtype."""

@@ -27,6 +27,7 @@ from tolerances import FLOAT64_DEGENERATE, float64_offset
 from torch import Tensor, nn
 
 from fused_bottleneck import Bottleneck, ConvBNReLU, FusedBottleneck, FusedConvBNReLU, extension
+from fused_bottleneck.cpu_block import CpuBlockStages
 from fused_bottleneck.cpu_products import CpuProductStages
 
 Gram = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -40,6 +41,9 @@ CASES = {
 WIDE = {  # as in test_bottleneck: enough channels for the criterion
     "identity": Case(channels=256, width=64, size=(4, 7, 6)),
     "conv, stride 2": Case(channels=64, width=64, stride=2, downsample="conv", size=(4, 13, 12)),
+    # Enough pixels for the gram way on CPU (rules.uses_gram).
+    "identity, 1024 pixels": Case(channels=256, width=64, size=(4, 16, 16)),
+    "conv, stride 2, 1024 pixels": Case(64, 64, 2, "conv", size=(4, 31, 32)),
 }
 over_cases = pytest.mark.parametrize("case", CASES)
 
@@ -262,7 +266,8 @@ def test_correlated_channels(case: str) -> None:
     """But for the tail's dgamma: it comes of S W, with S in float32, whose rounding no sum over
     pixels averages as it does xhat's in the plain block; 1.7 times its error here, of 1e-5."""
     tail = frozenset({"bn3.weight", "identity_downsample.1.weight"})
-    assert_trials(trials(case, torch.float32, correlated, like_the_first, tail))
+    many = f"{case}, 1024 pixels"
+    assert_trials(trials(many, torch.float32, correlated, like_the_first, tail))
 
 
 @pytest.mark.skipif(not extension.has_products(), reason="no fused products for this CPU")
@@ -279,6 +284,7 @@ def test_covariance_is_taken_in_double_where_its_terms_cancel(
         return covariance(stages, d, gram)
 
     monkeypatch.setattr(CpuProductStages, "_covariance", watched)
+    monkeypatch.setattr(CpuBlockStages, "whole_forward", lambda *arguments: None)
     block = WIDE["identity"].module(FusedBottleneck).float()
     x = WIDE["identity"].input().float()
     block(x)
