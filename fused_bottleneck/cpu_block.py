@@ -25,6 +25,7 @@ _passes = torch.ops.fused_bottleneck
 
 _STATES_OF_CONVS = 4  # mean and invstd of conv1's and conv2's normalisations
 _GRADS_PER_UNIT = 4
+_GRAM = -1  # in place of the number of images
 Shape = tuple[int, ...]
 
 
@@ -65,13 +66,13 @@ def block_of(
     out = (n, weights[2][0], *y2[2:])
     if not uses_winograd(y2):
         return None
-    none = torch.empty(())
+    none = torch.empty((), dtype=torch.float32)
     tails = [none.expand(shape) for shape in weights[2:]]
     operands = none.expand(x), none.expand(y1), none.expand(y2)
     plans = tail_plans(tails, [True for _ in tails], *operands, None)
     stride = geometries[3].stride[0] if len(weights) > 3 else 0
     sizes = [*x, y1[1], *out[1:], geometries[1].stride[0], stride]
-    images = [-1 if plan.gram else plan.images for plan in plans]
+    images = [_GRAM if plan.gram else plan.images for plan in plans]
     folded = sum(t.numel() for t, plan in zip(tails, plans, strict=True) if plan.gram)
     return _Block(y1, y2, out, plans, sizes, images, chunk_images(none.expand(out), folded))
 
@@ -97,7 +98,7 @@ def _is_dense(weight: Tensor) -> bool:
     return weight.stride(0) == weight.shape[1] and weight.stride(1) == 1
 
 
-def _single(t: Tensor | None) -> bool:
+def _is_single(t: Tensor | None) -> bool:
     return t is None or t.dtype == torch.float32
 
 
@@ -110,7 +111,7 @@ def _served(x: Tensor, units: Sequence[Unit]) -> _Block | None:
     if block is None:
         return None
     dense = all(_is_dense(unit.weight) for unit in (units[0], *units[2:]))
-    single = all(_single(t) for unit in units for t in (unit.gamma, unit.beta, unit.bias))
+    single = all(_is_single(t) for unit in units for t in (unit.gamma, unit.beta, unit.bias))
     return block if dense and single else None
 
 
@@ -190,7 +191,9 @@ class CpuBlockStages(CpuProductStages):
             grad_x,
             self._lend(block.scratch_bytes(True, True)),
         )
-        grads = [UnitGrads(*flat[i : i + _GRADS_PER_UNIT]) for i in range(0, len(flat), 4)]
+        grads = [
+            UnitGrads(*flat[i : i + _GRADS_PER_UNIT]) for i in range(0, len(flat), _GRADS_PER_UNIT)
+        ]
         if needs_weight[1]:
             grads[1] = grads[1]._replace(weight=grads[1].weight.permute(0, 3, 1, 2))
         if grad_x is not None and not channels_last:

@@ -74,6 +74,11 @@ def _forward_arguments(*arguments: Any) -> tuple[list[Unit], bool, str | None, s
     return _forward_units(*fields), channels_last, backend, group
 
 
+def _contiguous(vectors: Optionals) -> Optionals:
+    """Parameters may be views with any stride; the stages read vectors element by element."""
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in vectors]
+
+
 def _forward_units(
     weights: Sequence[Tensor],
     biases: Optionals,
@@ -84,11 +89,11 @@ def _forward_units(
     eps: Sequence[float],
     geometry: Sequence[int],
 ) -> list[Unit]:
-    geometries = _unpack_geometry(geometry)
+    vectors = map(_contiguous, (biases, gammas, betas, means, variances))
     return [
         Unit(w, gamma, beta, geo, mean is None, bias, mean, var, e)
         for w, bias, gamma, beta, mean, var, e, geo in zip(
-            weights, biases, gammas, betas, means, variances, eps, geometries, strict=True
+            weights, *vectors, eps, _unpack_geometry(geometry), strict=True
         )
     ]
 
@@ -100,9 +105,10 @@ def _backward_units(
     geometry: Sequence[int],
     batch: Sequence[bool],
 ) -> list[Unit]:
+    vectors = map(_contiguous, (gammas, betas))
     return [
         Unit(*fields)
-        for fields in zip(weights, gammas, betas, _unpack_geometry(geometry), batch, strict=True)
+        for fields in zip(weights, *vectors, _unpack_geometry(geometry), batch, strict=True)
     ]
 
 

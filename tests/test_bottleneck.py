@@ -115,7 +115,19 @@ def mixed(block: Bottleneck) -> None:
     block.bn3.momentum = None
 
 
+def strided(block: Bottleneck) -> None:
+    """Vectors that are every second element of others."""
+    vectors = [norm for norm in norms_of(block).values() if norm.affine]
+    vectors += [m for m in block.modules() if isinstance(m, nn.Conv2d) and m.bias is not None]
+    for module in vectors:
+        for name in ("weight", "bias")[isinstance(module, nn.Conv2d) :]:
+            both = torch.stack([getattr(module, name).detach()] * 2, 1)
+            both[:, 1] = torch.nan
+            setattr(module, name, nn.Parameter(both[:, 0]))
+
+
 MODES: dict[str, Callable[[Bottleneck], object]] = {
+    "strided vectors": strided,
     "train": lambda block: block.train(),
     "eval": lambda block: block.eval(),
     "bn1 frozen": frozen("bn1"),

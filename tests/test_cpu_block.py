@@ -273,3 +273,9 @@ def test_images_of_other_sizes_are_an_error(name: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(cpu_block, "block_of", block_of_other_sizes)
     with pytest.raises(RuntimeError, match=f"block_forward_: expected {name} to be float32"):
         block_of("identity")(CASES["identity"].input().float())
+
+
+def test_default_dtype_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tail's way goes by the block's dtype."""
+    torch.set_default_dtype(torch.float64)
+    compare("identity", "channels_last", monkeypatch)

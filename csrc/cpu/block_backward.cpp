@@ -178,6 +178,9 @@ std::vector<Tensor> block_backward_(
                   " saved tensors, got ", saved.size());
   const Tensor &y1 = saved[0], &y2 = saved[1], &mask = saved[2];
   block.check("block_backward_", x, y1, y2, weights.size());
+  STD_TORCH_CHECK(gammas.size() == weights.size() && betas.size() == weights.size() &&
+                      needs_weight.size() == weights.size(),
+                  "block_backward_: expected lists with an entry per unit");
   check_images("block_backward_", "grad_out", grad_out,
                {block.count, block.out_channels, block.out_height, block.out_width});
   const auto norm = [&](size_t unit) {

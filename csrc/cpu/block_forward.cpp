@@ -292,6 +292,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> block_forward_(
   block.check("block_forward_", x, y1, y2, weights.size());
   check_images("block_forward_", "out", out,
                {block.count, block.out_channels, block.out_height, block.out_width}, true);
+  STD_TORCH_CHECK(biases.size() == weights.size() && gammas.size() == weights.size() &&
+                      betas.size() == weights.size() && eps.size() == weights.size() &&
+                      kept.size() == images.size(),
+                  "block_forward_: expected lists with an entry per unit");
   const auto unit = [&](size_t i) {
     return Unit{weights[i], biases[i], gammas[i], betas[i], eps[i]};
   };

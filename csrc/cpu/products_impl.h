@@ -107,8 +107,7 @@ constexpr int64_t kChain = 48;
 
 template <bool Masked>
 FB_INLINE void pack_left_of(const PackRows& p) {
-  if (p.sums == nullptr)
-    return pack_left_tile<Masked, false>(p, 0, p.rows, 0, p.channels, nullptr);
+  if (p.sums == nullptr) return pack_left_tile<Masked, false>(p, 0, p.rows, 0, p.channels, nullptr);
   float total[kChannelBlock];
   for_each_tile(0, p.rows, p.channels, kChain,
                 [&](int64_t row_begin, int64_t row_end, int64_t c_begin, int64_t c_end) {
