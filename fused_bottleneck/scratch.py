@@ -185,6 +185,9 @@ def result_empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool =
     return fresh
 
 
+_NAN_BYTE = 0xFF  # of which any floating-point number is a NaN
+
+
 def _poisoned() -> bool:
     """Whether uninitialised memory is to be filled with NaN, as torch.empty does then."""
     return (
@@ -221,7 +224,7 @@ class Lease:
             _give_back([buffer])
         larger = _acquire_largest(size)
         self._buffers.append(larger)
-        return larger
+        return larger.fill_(_NAN_BYTE) if _poisoned() else larger
 
     def _take(self, size: int) -> Tensor:
         buffer = _acquire(size)

@@ -109,6 +109,9 @@ def test_leased_memory_is_nan_here() -> None:
             t = lease.take((1, 8, 4, 4), torch.float32)
             assert t.isnan().all()
             t.fill_(1)
+            workspace = lease.swap(None, 2**20)
+            assert workspace.view(torch.float32).isnan().all()
+            workspace.fill_(1)
 
 
 def test_pool_does_not_grow() -> None:
