@@ -109,3 +109,14 @@ def test_fixed_statistics_need_no_covariance() -> None:
     y = torch.empty(4, 16, 8, 8)
     (plan,) = tail_plan.tail_plans([weight], [False], x, y, y, None)
     assert (plan.gram, plan.folded, plan.centred, plan.images) == (False, True, True, 0)
+
+
+def test_few_pixels_take_no_covariance() -> None:
+    def uses_gram(device: str, dtype: torch.dtype, pixels: int) -> bool:
+        return rules.uses_gram(device, dtype, pixels, 64, 256, 0)
+
+    assert uses_gram("cpu", torch.float32, 1024)
+    assert not uses_gram("cpu", torch.float32, 1023)
+    assert not uses_gram("cpu", torch.float64, 1023)
+    assert uses_gram("cpu", torch.bfloat16, 1023)
+    assert uses_gram("cuda", torch.float32, 1023)
