@@ -2,7 +2,8 @@
 
 The same ops in the same order as program.py makes of ``CpuProductStages``. Between two of them the
 caches hold tensors, so that Python and torch's dispatch take several times what they take in a loop
-of nothing else: 9 of 105 ms at 256-64 channels, 56x56, batch 16, and half of a small block's step.
+of nothing else. Measured, batch 16, interleaved: 107.1 ms to 101.5 for 256-64 channels at 56x56,
+96.2 to 90.3 for 1024-256 at 14x14, 211.0 to 207.1 for 1024-512 to 7x7.
 """
 
 from collections.abc import Sequence
