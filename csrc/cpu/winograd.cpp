@@ -97,6 +97,27 @@ TileRange tile_range(const Images& from, const Images& to, const Block& block, i
   return range;
 }
 
+// The part of the images that `tiles` tiles from `begin` on of `to` cover, whose tiles are
+// `pixels` rows apart in `of`.
+Ahead lines_of(const Images& of, const Images& to, int64_t pixels, int outputs, int64_t begin,
+               int64_t tiles) {
+  if (tiles == 0) return {};
+  const int64_t across = (to.width + outputs - 1) / outputs;
+  const int64_t down = (to.height + outputs - 1) / outputs;
+  const auto line = [&](int64_t row) {
+    return row / down * of.height + std::min(row % down * pixels, of.height);
+  };
+  const int64_t first = line(begin / across), last = line((begin + tiles - 1) / across + 1);
+  const int64_t floats = of.width * of.channels;
+  return {of.data + first * floats, (last - first) * floats * static_cast<int64_t>(sizeof(float))};
+}
+
+// The part-th of so many equal parts.
+Ahead part_of(const Ahead& whole, int part, int parts) {
+  const int64_t begin = whole.bytes * part / parts, end = whole.bytes * (part + 1) / parts;
+  return {static_cast<const char*>(whole.at) + begin, end - begin};
+}
+
 // Rows [begin, end) of the panels that have a product at a position.
 struct Rows {
   Rows(const WinogradKernels& kernels, const TileRange& range, int position) {
@@ -318,6 +339,11 @@ void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool 
       if (first == 0)
         kernels.transform_input(
             {range, padded, from.data, prologue.value(), panel_rows, left, plan.panel});
+      // Fetched while the products compute: what the next block reads, and what this one writes.
+      const Ahead next = lines_of(from, to, kernels.step, kernels.outputs, block.begin + block.rows,
+                                  block.next_rows);
+      const Ahead written =
+          lines_of(to, to, kernels.outputs, kernels.outputs, block.begin, block.rows);
       for (int position = 0; position < plan.positions; ++position) {
         const Rows rows(kernels, range, position);
         if (rows.count() == 0) continue;
@@ -328,7 +354,8 @@ void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool 
                            panel_rows,
                            right + kernels.weight_of(position) * plan.weight,
                            values + position * plan.value + rows.begin * slice,
-                           {}});
+                           {part_of(next, position, plan.positions),
+                            part_of(written, position, plan.positions)}});
       }
       kernels.transform_output({range, values, plan.value, first, slice, y});
     };

@@ -116,7 +116,8 @@ struct TransformSums {
 };
 
 struct WinogradKernels {
-  int points, outputs, weights;  // along one dimension
+  // Along one dimension; step: how many input pixels from tile to tile.
+  int points, outputs, weights, step;
   Needed needed;
   bool one_grad;  // A dy is the same at all positions: only the first is packed
   // Of a convolution; null where the scheme is not for that.

@@ -157,8 +157,11 @@ FB_INLINE Line<Scheme::points> input_column(const TileRange& p, const OnLoad& on
   if (x >= 0 && x < p.in_width) {
 #pragma GCC unroll 5
     for (int i = 0; i < Scheme::inputs; ++i)
-      if (top + i >= 0 && top + i < p.in_height)
-        d.at[i] = on_load(load(Float{}, image + ((top + i) * p.in_width + x) * p.in_channels));
+      if (top + i >= 0 && top + i < p.in_height) {
+        const float* pixel = image + ((top + i) * p.in_width + x) * p.in_channels;
+        __builtin_prefetch(pixel + kVector);  // for the next pass over these tiles
+        d.at[i] = on_load(load(Float{}, pixel));
+      }
   }
   return Scheme::input(d);
 }
@@ -361,11 +364,15 @@ FB_INLINE void columns_of(const float* image, int64_t height, int64_t width, int
   }
 }
 
+// ahead: how many floats the same pixels of the next tile are away.
 template <class OnLoad>
-FB_INLINE FloatVector column_sum(const Column& column, const OnLoad& on_load, int64_t c) {
+FB_INLINE FloatVector column_sum(const Column& column, const OnLoad& on_load, int64_t c,
+                                 int64_t ahead) {
   FloatVector sum{};
-  for (int i = 0; i < column.count; ++i)
+  for (int i = 0; i < column.count; ++i) {
+    __builtin_prefetch(column.pixel[i] + c + ahead);
     sum = multiply_add(column.sign[i], on_load(load(Float{}, column.pixel[i] + c)), sum);
+  }
   return sum;
 }
 
@@ -391,7 +398,8 @@ FB_INLINE void for_each_of_row(const PackRow& p, const Taps (&taps)[Scheme::poin
             const Normalise<Normalised> on_load(p.prologue, c);
             Line<Count> line;
 #pragma GCC unroll 5
-            for (int i = 0; i < Count; ++i) line.at[i] = column_sum(columns[i], on_load, c);
+            for (int i = 0; i < Count; ++i)
+              line.at[i] = column_sum(columns[i], on_load, c, step * channels);
 #pragma GCC unroll 5
             for (int j = 0; j < Points; ++j)
               put(j, first + t, c - p.begin, position_of(line, taps[j]));
@@ -491,6 +499,7 @@ inline constexpr WinogradKernels kernels_with_weight_grad = {
     Scheme::points,
     Scheme::outputs,
     Scheme::weights,
+    Scheme::step,
     Scheme::needed,
     false,
     transform_input<Scheme>,
@@ -505,11 +514,11 @@ inline constexpr WinogradKernels kernels_with_weight_grad = {
 const WinogradKernels winograd_kernels[kWinogradSchemes] = {
     kernels_with_weight_grad<Forward>,
     kernels_with_weight_grad<Strided>,
-    {StridedGrad::points, StridedGrad::outputs, StridedGrad::weights, StridedGrad::needed, false,
-     transform_input<StridedGrad>, transform_weight<StridedGrad>, transform_output<StridedGrad>,
-     nullptr, nullptr, nullptr},
-    {Direct::points, Direct::outputs, Direct::weights, Direct::needed, true, nullptr, nullptr,
-     nullptr, pack_input_row<Direct>, pack_grad_row<Direct, 1>, transform_sums<Direct>},
+    {StridedGrad::points, StridedGrad::outputs, StridedGrad::weights, StridedGrad::step,
+     StridedGrad::needed, false, transform_input<StridedGrad>, transform_weight<StridedGrad>,
+     transform_output<StridedGrad>, nullptr, nullptr, nullptr},
+    {Direct::points, Direct::outputs, Direct::weights, Direct::step, Direct::needed, true, nullptr,
+     nullptr, nullptr, pack_input_row<Direct>, pack_grad_row<Direct, 1>, transform_sums<Direct>},
 };
 
 }  // namespace fused_bottleneck::cpu::FUSED_BOTTLENECK_ISA
