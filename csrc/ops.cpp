@@ -87,12 +87,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
       "Tensor? mean_d, Tensor? weight_cov, Tensor a, Tensor s, Tensor sum_g, int count) -> "
       "(Tensor grad_weight, Tensor grads, Tensor b, Tensor shift)");
 
-  // --- Fused 1x1 products, float32, channels in multiples of 16 (has_products: on this CPU). ---
-  // A weight is [K, C] with any strides. Sums over pixels: float32 in a block of rows, float64
-  // over the blocks; same bits for one thread count. workspace: uint8, at least
+  // --- Fused 1x1 products, channels in multiples of 16, matrices and weights float32
+  // (has_products:
+  // --- on this CPU) or bfloat16 (has_pair_products) but where it says otherwise.
+  // A weight is [K, C] with any strides. Products are summed in float32, those over pixels in a
+  // block of rows, in float64 over the blocks; what they return is float32 if not float64. Same
+  // bits for one thread count. workspace: uint8, at least
   // product_workspace(P, K, C) long, with any content.
 
   m.def("has_products() -> bool");
+  m.def("has_pair_products() -> bool");
   m.def("product_workspace(int rows, int depth, int channels) -> int");
 
   // out = a weight.
@@ -133,7 +137,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
   m.def("transposed_product(Tensor a, Tensor b, Tensor(a!) workspace) -> Tensor");
 
   // Column sums [K] and d^T d [K, K] in float64: the products summed in float32 over a block of
-  // rows, or all in double, for a variance that is small against the terms it comes of.
+  // rows, or all in double (of float32), for a variance that is small against the terms it comes
+  // of.
   m.def("gram(Tensor d, Tensor(a!) workspace) -> (Tensor sum_d, Tensor s)");
   m.def("gram_in_double(Tensor d, Tensor(a!) workspace) -> (Tensor sum_d, Tensor s)");
 
@@ -201,6 +206,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
   // Asks for huge pages for t's memory before its first touch; a hint, never an error.
   m.def("advise_huge_pages_(Tensor(a!) t) -> ()");
 
-  // The instruction set in use: default, avx2 or avx512.
+  // The instruction set in use: default, avx2, avx512 or avx512_bf16.
   m.def("cpu_capability() -> str");
 }

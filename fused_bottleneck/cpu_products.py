@@ -1,8 +1,8 @@
-"""The stages on CPU in float32 with this library's own products.
+"""The stages on CPU in float32 and bfloat16 with this library's own products.
 
 * 1x1 convolutions (csrc/cpu/products.cpp, pixel_products.cpp): a block of pixels goes from its
   operand through the product to its epilogue inside a core's L2 cache.
-* 3x3 convolutions of stride 1 and 2 (csrc/cpu/winograd.cpp): Winograd's F(2x2, 3x3) for stride 1,
+* 3x3 convolutions of stride 1 and 2 in float32 (csrc/cpu/winograd.cpp): Winograd's F(2x2, 3x3) for stride 1,
   with 2.25 times fewer multiplications and a smaller error; a normalisation and ReLU before it are
   applied to what it loads. It spreads what is not finite over a tile, so it serves batch statistics
   only: they spread it over the whole channel anyway.
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from . import algebra
 from .algebra import FoldBackward, Folded, FoldForward, OperandGrad
 from .cpu import CpuStages, products_fit, workspace_bytes
 from .operands import (
@@ -55,7 +56,7 @@ def _is_product(weight: Tensor, geometry: Geometry) -> bool:
 def _is_winograd(weight: Tensor, geometry: Geometry) -> bool:
     """Whether a convolution is one that Winograd's way can take."""
     fits = weight.shape[2:] == (3, 3) and products_fit(*weight.shape[:2])
-    return fits and geometry in WINOGRAD_GEOMETRIES
+    return fits and weight.dtype == torch.float32 and geometry in WINOGRAD_GEOMETRIES
 
 
 def _single(parameter: Tensor | None) -> Tensor | None:
@@ -65,13 +66,22 @@ def _single(parameter: Tensor | None) -> Tensor | None:
     return parameter.float()
 
 
+def _rows(weight: Tensor) -> Tensor:
+    """A 1x1 weight as a contiguous matrix ``[W, K]`` in float32."""
+    return weight.flatten(1).float().contiguous()
+
+
 def _nhwc(t: Tensor) -> Tensor:
     """The ``[N, H, W, C]`` view of a ``[N, C, H, W]`` tensor."""
     return t.permute(0, 2, 3, 1)
 
 
 class CpuProductStages(CpuStages):
-    """``CpuStages`` for float32, with fused 1x1 products; see ``Stages`` for what each computes."""
+    """``CpuStages`` with fused 1x1 products, for float32 and bfloat16; see ``Stages`` for what each
+    computes.
+
+    In bfloat16 the 3x3 convolutions stay oneDNN's. Coefficients are float32 and rounded where they
+    become a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +171,7 @@ class CpuProductStages(CpuStages):
         _passes.winograd_conv_(*arguments, *prologue)
 
     def gram(self, operand: Operand) -> tuple[Tensor, Tensor]:
-        """In float32 to begin with: fold may ask for more."""
+        """In float32 to begin with: fold may ask for more of float32 operands."""
         d = self._operand(operand)
         if not products_fit(d.shape[1]):
             return super().gram(operand)
@@ -187,14 +197,19 @@ class CpuProductStages(CpuStages):
     ) -> FoldForward:
         d = self._single_grams.pop(id(cov), None)
         if d is not None:
-            rows, single = weight.flatten(1).contiguous(), cov.float()
+            rows, single, mean = _rows(weight), cov.float(), mean_d.float()
             weight_cov = self._matrix_product(rows, single)
             affine = _single(gamma), _single(beta), _single(bias)
-            folded, mean, var, invstd, offset, shift, cancellation = _passes.fold_product(
-                rows, weight_cov, single, *affine, eps, centre, mean_d.float()
+            matrix, *statistics, shift, cancellation = _passes.fold_product(
+                rows, weight_cov, single, *affine, eps, centre, mean
             )
+            if weight.dtype != torch.float32:
+                _, _, invstd, offset = statistics
+                scale = algebra.bn_scale(gamma, invstd)
+                folded = algebra.fold(rows, scale, offset, beta, mean, weight.dtype)
+                return FoldForward(folded, *statistics, weight_cov)
             if not needs_double(cancellation.item()):
-                return FoldForward(Folded(folded, shift), mean, var, invstd, offset, weight_cov)
+                return FoldForward(Folded(matrix, shift), *statistics, weight_cov)
             mean_d, cov = self._covariance(d, _passes.gram_in_double)
         return super().fold(weight, gamma, beta, bias, eps, centre, mean_d, cov)
 
@@ -246,11 +261,15 @@ class CpuProductStages(CpuStages):
         if mean_d is None or weight_cov is None or not products_fit(weight.shape[1]):
             arguments = weight, gamma, invstd, offset, centre, mean_d, weight_cov, a, s, sum_g
             return super().fold_backward(*arguments, count)
-        rows = weight.flatten(1).contiguous()
+        rows = _rows(weight)
         state = _single(gamma), invstd, offset, mean_d, weight_cov
         workspace = self._lend_product(rows, rows.shape[1])
-        grads = _passes.fold_backward_(rows, *state, a, s, sum_g, count, workspace)
+        wide = a.float()
+        grads = _passes.fold_backward_(rows, *state, wide, s, sum_g, count, workspace)
         dgamma, b, shift = grads
+        if a.dtype != torch.float32:
+            b = b.to(a.dtype)
+            shift = algebra.operand_shift(wide, b, sum_g, mean_d, count)
         return FoldBackward(s, dgamma, torch.zeros_like(sum_g), OperandGrad(a, b, shift))
 
     def tail_wgrad(

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import extension
 from .cpu import CpuStages
 from .cpu_block import CpuBlockStages
+from .cpu_products import CpuProductStages
 from .kernels import launch
 from .operands import Geometry
 from .stages import EmptyStages, Stages
@@ -40,7 +41,8 @@ def stages_for(x: Tensor, convs: Sequence[Shape], backend: str | None = None) ->
 
     * "triton": the Triton kernels.
     * "vendor": the vendor's convolutions (oneDNN, cuDNN) with this library's passes; on CPU in
-      float32 with this library's own products where it has them and nothing else was asked for.
+      float32 and bfloat16 with this library's own products where it has them and nothing else was
+      asked for.
     * "torch": plain PyTorch.
 
     Raises:
@@ -58,8 +60,9 @@ def stages_for(x: Tensor, convs: Sequence[Shape], backend: str | None = None) ->
         return Stages()
     if x.device.type != "cpu":
         return VendorStages()
-    own = asked is None and x.dtype == torch.float32 and extension.has_products()
-    return CpuBlockStages() if own else CpuStages()
+    if asked is not None or not extension.has_products(x.dtype):
+        return CpuStages()
+    return CpuBlockStages() if x.dtype == torch.float32 else CpuProductStages()
 
 
 def requested_backend(backend: str | None) -> str | None:

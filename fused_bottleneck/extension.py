@@ -63,14 +63,16 @@ def reason() -> str:
     return _reason
 
 
-def has_products() -> bool:
-    """Whether the library is there and has fused 1x1 products for this CPU."""
-    return loaded() and _has_products()
+def has_products(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the library is there and has fused 1x1 products of that dtype for this CPU."""
+    return loaded() and _has_products(dtype)
 
 
 @cache  # the instruction set is chosen once
-def _has_products() -> bool:
-    return torch.ops.fused_bottleneck.has_products()
+def _has_products(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return torch.ops.fused_bottleneck.has_pair_products()
+    return dtype == torch.float32 and torch.ops.fused_bottleneck.has_products()
 
 
 @cache

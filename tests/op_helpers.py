@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEVELS = ["default", "avx2", "avx512"]
+LEVELS = ["default", "avx2", "avx512", "avx512_bf16"]
 
 # Elements on both sides of a fenced tensor; odd, so that no vector load is aligned by chance.
 _FENCE = 67

@@ -415,7 +415,7 @@ def test_instruction_sets_agree(tmp_path: Path) -> None:
         "torch.save(w.all_outputs() | test_products.all_outputs(), sys.argv[1])"
     )
     found = []
-    for level in LEVELS[1:]:
+    for level in ("avx2", "avx512"):
         file = tmp_path / level
         child = run_child(code, str(file), FUSED_BOTTLENECK_CPU_CAPABILITY=level)
         assert child.returncode == 0, child.stderr

@@ -36,6 +36,15 @@ inline const ProductKernels& kernels_in_use() {
   return *kernels;
 }
 
+// Those of matrices of a dtype, float32 or bfloat16.
+inline const ProductKernels& product_kernels_for(ScalarType dtype) {
+  if (dtype == ScalarType::Float) return kernels_in_use();
+  const ProductKernels* kernels = capability().pair_products;
+  STD_TORCH_CHECK(kernels != nullptr, "fused 1x1 products of ", dtype_name(dtype),
+                  " need AVX512-BF16, got ", capability().name);
+  return *kernels;
+}
+
 inline int64_t thread_count() { return torch::stable::get_num_threads(); }
 
 // How the threads share a product over rows, left [rows, wide] and right [rows, narrow]: each has

@@ -28,7 +28,7 @@ const FoldKernels& fold_kernels() {
 class FoldArguments {
  public:
   FoldArguments(const char* op, const Tensor& weight) : op_(op), weight_(weight) {
-    product_matrix(op, "weight", weight, weight.dim() == 2 ? weight.size(0) : 0);
+    product_matrix(op, "weight", weight, ScalarType::Float, weight.dim() == 2 ? weight.size(0) : 0);
     rows = weight.size(0);
     channels = weight.size(1);
   }
@@ -112,19 +112,20 @@ namespace {
 // -weight^T diag(k) weight, from factors -k.
 Tensor weighted_square(const FoldArguments& args, const Tensor& weight, const float* factors,
                        Workspace& workspace) {
-  const auto* source = static_cast<const float*>(weight.const_data_ptr());
+  const ProductMatrix source =
+      product_matrix("fold_backward_", "weight", weight, ScalarType::Float, args.rows);
   const int64_t channels = args.channels;
   const Split split = Split::by_rows(channels * channels);
-  PixelProduct product(args.rows, channels, channels, split, Symmetry::product);
-  product.take(workspace);
   const ProductKernels& kernels = kernels_in_use();
+  PixelProduct product(kernels, args.rows, channels, channels, split, Symmetry::product);
+  product.take(workspace);
   parallel_blocks(product.blocks, [&](const Block& block) {
-    const float* from = source + block.begin * channels;
+    const char* from = source.row(block.begin);
     kernels.pack_left({from, block.rows, channels, channels, product.left_rows, nullptr,
                        product.left(block), nullptr});
     kernels.pack_right({from, block.rows, channels, channels, product.right_rows, nullptr,
                         product.right(block), nullptr, factors + block.begin});
-    product.add(block, source, nullptr);
+    product.add(block, &source, nullptr);
   });
   return product.symmetric_total<float>(weight);
 }

@@ -13,8 +13,10 @@
 
 namespace fused_bottleneck::cpu {
 
-enum class Dtype : int { float32, float64, bfloat16, float16 };
-constexpr int kDtypes = 4;
+// The last: bfloat16 matrices but for the values of a product, which are float32: y of
+// residual_relu, value of masked_add and grad of bn_backward_reduce.
+enum class Dtype : int { float32, float64, bfloat16, float16, bfloat16_of_values };
+constexpr int kDtypes = 5;
 
 struct ChannelMoments {
   int64_t channels;
@@ -98,17 +100,18 @@ extern const Kernels kernels[kDtypes];
 }
 
 // The instruction set in use: the best that the CPU has, capped by the environment variable
-// FUSED_BOTTLENECK_CPU_CAPABILITY (default | avx2 | avx512). Chosen at the first call; throws on
-// an unknown value of the variable.
+// FUSED_BOTTLENECK_CPU_CAPABILITY (default | avx2 | avx512 | avx512_bf16). Chosen at the first
+// call; throws on an unknown value of the variable.
 struct ProductKernels;
 struct FoldKernels;
 struct WinogradKernels;
 struct Capability {
   const char* name;
   const Kernels* kernels;
-  const ProductKernels* products;   // null: this instruction set has none
-  const FoldKernels* folds;         // null where products is
-  const WinogradKernels* winograd;  // by WinogradScheme; null where products is
+  const ProductKernels* products;       // null: this instruction set has none
+  const ProductKernels* pair_products;  // of bfloat16; null likewise
+  const FoldKernels* folds;             // null where products is
+  const WinogradKernels* winograd;      // by WinogradScheme; null where products is
 };
 const Capability& capability();
 

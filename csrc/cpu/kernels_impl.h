@@ -6,25 +6,8 @@
 // Every function of this copy lives in that namespace, and no function of a shared header is
 // called: see kernels.h for why. All passes are bound by memory: each reads and writes its matrices
 // once.
-#include <cstdint>
-#include <type_traits>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "kernels.h"
-
-#if defined(FUSED_BOTTLENECK_TARGET)
-#define FB_PRAGMA(text) _Pragma(#text)
-#if defined(__clang__)
-#define FB_TARGET(isa) \
-  FB_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
-#else
-#define FB_TARGET(isa) FB_PRAGMA(GCC target(isa))
-#endif
-FB_TARGET(FUSED_BOTTLENECK_TARGET)
-#endif
+#include "target.h"
 
 // After the target is set:
 #include "simd.h"
@@ -74,10 +57,10 @@ FB_INLINE bool can_stream(const T* out, int64_t channels) {
   return reinterpret_cast<uintptr_t>(out) % bytes == 0 && channels * sizeof(T) % bytes == 0;
 }
 
-template <class T>
+template <class T, class V>
 void residual_relu(const ResidualRelu& p, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const T* y = static_cast<const T*>(p.y);
+  const V* y = static_cast<const V*>(p.y);
   const A* mean = static_cast<const A*>(p.mean);
   const A* scale = static_cast<const A*>(p.scale);
   const A* shift = static_cast<const A*>(p.shift);
@@ -108,16 +91,6 @@ void residual_relu(const ResidualRelu& p, int64_t begin, int64_t end) {
 
 // --- mask_grad, masked_add, bn_backward_reduce: gradients through a ReLU, their column sums ---
 
-template <class A>
-FB_INLINE void clear(A* sum) {
-  for (int64_t k = 0; k < kChannelBlock; ++k) sum[k] = 0;
-}
-
-template <class A>
-FB_INLINE void add_tile_sum(const A* tile_sum, int64_t c_begin, int64_t c_end, double* sum) {
-  for (int64_t c = c_begin; c < c_end; ++c) sum[c] += tile_sum[c - c_begin];
-}
-
 template <class T>
 void mask_grad(const MaskGrad& p, int64_t begin, int64_t end, double* sum_g) {
   using A = Acc<T>;
@@ -147,10 +120,10 @@ void mask_grad(const MaskGrad& p, int64_t begin, int64_t end, double* sum_g) {
   for_each_tile(begin, end, channels, kMaxTileRows, tile);
 }
 
-template <class T>
+template <class T, class V>
 void masked_add(const MaskedAdd& p, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  const T* value = static_cast<const T*>(p.value);
+  const V* value = static_cast<const V*>(p.value);
   const T* grad_out = static_cast<const T*>(p.grad_out);
   const uint8_t* mask = p.mask;
   T* out = static_cast<T*>(p.out);
@@ -173,11 +146,11 @@ void masked_add(const MaskedAdd& p, int64_t begin, int64_t end) {
   if (streaming) stream_fence();
 }
 
-template <class T>
+template <class T, class V>
 void bn_backward_reduce(const BnBackwardReduce& p, int64_t begin, int64_t end, double* sum_g,
                         double* sum_g_xhat) {
   using A = Acc<T>;
-  const T* grad = static_cast<const T*>(p.grad);
+  const V* grad = static_cast<const V*>(p.grad);
   const T* addend = static_cast<const T*>(p.addend);
   const T* y = static_cast<const T*>(p.y);
   const A* shift = static_cast<const A*>(p.shift);
@@ -272,24 +245,25 @@ void bn_backward(const BnBackward& p, int64_t begin, int64_t end) {
   });
 }
 
-template <class T>
+// V: the storage of what a product has computed.
+template <class T, class V = T>
 inline constexpr Kernels kernels_of = {
-    channel_moments<T>, merge_moments, bn_apply<T>,           residual_relu<T>,
-    mask_grad<T>,       masked_add<T>, bn_backward_reduce<T>, bn_backward<T>,
+    channel_moments<T>,       merge_moments,  bn_apply<T>,
+    residual_relu<T, V>,      mask_grad<T>,   masked_add<T, V>,
+    bn_backward_reduce<T, V>, bn_backward<T>,
 };
 
 // In the order of Dtype.
 const Kernels kernels[kDtypes] = {kernels_of<float>, kernels_of<double>, kernels_of<BFloat16>,
-                                  kernels_of<Half>};
+                                  kernels_of<Half>, kernels_of<BFloat16, float>};
 
 }  // namespace fused_bottleneck::cpu::FUSED_BOTTLENECK_ISA
 
 #if FUSED_BOTTLENECK_VECTOR_BYTES >= 32
+#include "single_impl.h"
 #include "products_impl.h"
 #include "fold_impl.h"
 #include "winograd_impl.h"
 #endif
 
-#if defined(FUSED_BOTTLENECK_TARGET) && defined(__clang__)
-#pragma clang attribute pop
-#endif
+FB_END_TARGET

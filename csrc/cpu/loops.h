@@ -47,4 +47,16 @@ FB_INLINE void for_each_tile(int64_t begin, int64_t end, int64_t channels, int64
       body(row, min64(row + tile_rows, end), c, min64(c + kChannelBlock, channels));
 }
 
+// --- The column sums of a tile. ---
+
+template <class A>
+FB_INLINE void clear(A* sum) {
+  for (int64_t k = 0; k < kChannelBlock; ++k) sum[k] = 0;
+}
+
+template <class A>
+FB_INLINE void add_tile_sum(const A* tile_sum, int64_t c_begin, int64_t c_end, double* sum) {
+  for (int64_t c = c_begin; c < c_end; ++c) sum[c] += tile_sum[c - c_begin];
+}
+
 }  // namespace fused_bottleneck::cpu::FUSED_BOTTLENECK_ISA

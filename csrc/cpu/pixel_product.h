@@ -21,12 +21,13 @@ enum class Symmetry {
 
 class PixelProduct {
  public:
-  PixelProduct(int64_t rows, int64_t wide, int64_t narrow, const Split& split,
-               Symmetry symmetry = Symmetry::none, bool in_double = false)
+  PixelProduct(const ProductKernels& kernels, int64_t rows, int64_t wide, int64_t narrow,
+               const Split& split, Symmetry symmetry = Symmetry::none, bool in_double = false)
       : split(split),
         blocks(pixel_blocks(rows, split)),
-        left_rows(left_stride(blocks.block)),
-        right_rows(right_stride(blocks.block)),
+        left_rows(left_stride(words(kernels, blocks.block))),
+        right_rows(right_stride(words(kernels, blocks.block))),
+        kernels_(kernels),
         wide_(wide),
         narrow_(narrow),
         symmetric_(symmetry != Symmetry::none),
@@ -51,23 +52,22 @@ class PixelProduct {
   }
 
   // Adds the product of the panels of a block, and fetches the next rows of their sources.
-  void add(const Block& block, const float* wide, const float* narrow) const {
+  void add(const Block& block, const ProductMatrix* wide, const ProductMatrix* narrow) const {
     const ChannelRange range = channels(block);
     const bool whole = split.channel_parts == 1;
-    kernels_in_use().accumulate(
-        {0,
-         block.rows,
-         range.size(),
-         narrow_,
-         left(block),
-         left_rows,
-         right(block),
-         right_rows,
-         in_double_,
-         symmetric_,
-         block.first,
-         sums_ + block.share * sums_step() + range.begin * narrow_,
-         {whole ? next_rows(block, wide, wide_) : Ahead{}, next_rows(block, narrow, narrow_)}});
+    kernels_.accumulate({0,
+                         words(kernels_, block.rows),
+                         range.size(),
+                         narrow_,
+                         left(block),
+                         left_rows,
+                         right(block),
+                         right_rows,
+                         in_double_,
+                         symmetric_,
+                         block.first,
+                         sums_ + block.share * sums_step() + range.begin * narrow_,
+                         {whole ? next_rows(block, wide) : Ahead{}, next_rows(block, narrow)}});
   }
 
   // [wide, narrow], or [narrow, wide] if transposed; on the device of `like`.
@@ -102,10 +102,13 @@ class PixelProduct {
  private:
   int64_t sums_step() const { return round_up(wide_ * narrow_, kAlignment); }
 
-  static Ahead next_rows(const Block& block, const float* matrix, int64_t channels) {
+  static int64_t words(const ProductKernels& kernels, int64_t rows) {
+    return (rows + kernels.per_word - 1) / kernels.per_word;
+  }
+
+  static Ahead next_rows(const Block& block, const ProductMatrix* matrix) {
     if (matrix == nullptr) return {};
-    return {matrix + (block.begin + block.rows) * channels,
-            block.next_rows * channels * static_cast<int64_t>(sizeof(float))};
+    return matrix->rows(block.begin + block.rows, block.next_rows);
   }
 
   // What is below the diagonal, from what is above.
@@ -121,12 +124,12 @@ class PixelProduct {
 
   void unpack(const Sums& out, bool transposed) const {
     torch::stable::parallel_for(0, wide_ / kLeft, 8, [&](int64_t begin, int64_t end) {
-      kernels_in_use().unpack_sums({begin * kLeft, end * kLeft, narrow_, sums_, blocks.threads,
-                                    sums_step(), symmetric_, transposed ? 1 : narrow_,
-                                    transposed ? wide_ : 1, out});
+      kernels_.unpack_sums({begin * kLeft, end * kLeft, narrow_, sums_, blocks.threads, sums_step(),
+                            symmetric_, transposed ? 1 : narrow_, transposed ? wide_ : 1, out});
     });
   }
 
+  const ProductKernels& kernels_;
   int64_t wide_, narrow_, floats_ = 0;
   bool symmetric_, in_double_, float_sums_;
   float* panels_ = nullptr;

@@ -37,7 +37,7 @@ inline Blocks pixel_blocks(int64_t rows, const Split& split) {
   return Blocks(rows, split.row_parts, kMaxRows);
 }
 
-// Floats of one thread's panels and values.
+// Words of one thread's panels and values; enough for bfloat16, which has half as many in a panel.
 inline int64_t product_floats(const Blocks& blocks, int64_t depth, int64_t channels) {
   return round_up(depth * left_stride(blocks.block) + channels * blocks.block, kAlignment);
 }
@@ -92,32 +92,41 @@ inline int64_t workspace_bytes(int64_t rows, int64_t depth, int64_t channels) {
 
 // --- operands ---
 
-// A float32 matrix [rows, channels] whose channels the panels can hold.
-inline const float* product_matrix(const char* op, const char* name, const Tensor& t,
-                                   int64_t rows) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && is_matrix(t) &&
-                      t.numel() > 0 && matrix_rows(t) == rows &&
-                      matrix_channels(t) % kChannelMultiple == 0,
-                  op, ": expected ", name, " to be float32 [", rows, ", C], C a multiple of ",
-                  kChannelMultiple, kMatrixLayout, "on the CPU, got ", describe(t));
-  return static_cast<const float*>(t.const_data_ptr());
+// The dtype that a product's matrices are to have, by its first one.
+inline ScalarType product_dtype(const Tensor& t) {
+  return t.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
 }
 
-// A float32 weight [depth, channels] with any strides.
-inline PackWeight product_weight(const char* op, const char* name, const Tensor& t, int64_t depth,
-                                 int64_t channels) {
-  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.dim() == 2 &&
-                      t.size(0) == depth && t.size(1) == channels,
-                  op, ": expected ", name, " to be float32 [", depth, ", ", channels,
-                  "], on the CPU, got ", describe(t));
-  return {static_cast<const float*>(t.const_data_ptr()),
-          depth,
-          channels,
-          t.stride(0),
-          t.stride(1),
-          0,
-          depth,
-          nullptr};
+// Where rows of a matrix are.
+struct ProductMatrix {
+  const char* row(int64_t row) const { return data + row * row_bytes; }
+  // Fetched soon: `count` rows.
+  Ahead rows(int64_t from, int64_t count) const { return {row(from), count * row_bytes}; }
+
+  const char* data;
+  int64_t channels, row_bytes;
+};
+
+// A matrix [rows, channels] of that dtype, whose channels the panels can hold.
+inline ProductMatrix product_matrix(const char* op, const char* name, const Tensor& t,
+                                    ScalarType dtype, int64_t rows) {
+  const int64_t channels = t.dim() > 1 ? matrix_channels(t) : 0;
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && is_matrix(t) && t.numel() > 0 &&
+                      matrix_rows(t) == rows && channels % kChannelMultiple == 0,
+                  op, ": expected ", name, " to be ", dtype_name(dtype), " [", rows,
+                  ", C], C a multiple of ", kChannelMultiple, kMatrixLayout, "on the CPU, got ",
+                  describe(t));
+  return {static_cast<const char*>(t.const_data_ptr()), channels, channels * static_cast<int64_t>(t.element_size())};
+}
+
+// A weight [depth, channels] of that dtype with any strides.
+inline PackWeight product_weight(const char* op, const char* name, const Tensor& t,
+                                 ScalarType dtype, int64_t depth, int64_t channels) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype && t.dim() == 2 && t.size(0) == depth &&
+                      t.size(1) == channels,
+                  op, ": expected ", name, " to be ", dtype_name(dtype), " [", depth, ", ",
+                  channels, "], on the CPU, got ", describe(t));
+  return {t.const_data_ptr(), depth, channels, t.stride(0), t.stride(1), 0, depth, nullptr};
 }
 
 inline int64_t product_channels(const char* op, const char* name, const Tensor& weight) {
@@ -127,8 +136,7 @@ inline int64_t product_channels(const char* op, const char* name, const Tensor& 
   return weight.size(1);
 }
 
-inline void pack(const PackWeight& weight) {
-  const ProductKernels& kernels = kernels_in_use();
+inline void pack(const ProductKernels& kernels, const PackWeight& weight) {
   const int64_t panels = (weight.channels + kPanelMultiple - 1) / kPanelMultiple;
   torch::stable::parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
     kernels.pack_weight(weight, begin * kPanelMultiple,

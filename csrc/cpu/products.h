@@ -7,7 +7,9 @@
 // cache, and the block of values, still there, goes through a row kernel of kernels.h (the
 // epilogue). No wide intermediate touches memory.
 //
-// Panels, all float32, channels in multiples of kChannelMultiple:
+// Panels, of words of 32 bits, channels in multiples of kChannelMultiple. A word holds one float32,
+// or two bfloat16 that follow each other along what a product sums over: rows and depths count
+// words there.
 //   left   [channels / kLeft][stride][kLeft]: a block of rows, one element broadcast at a time
 //   right  [channels / width][stride][width]: read in whole vectors; width is 2 vectors, and 1 for
 //          what is left of the channels. Panel c begins at c * stride.
@@ -18,6 +20,7 @@
 namespace fused_bottleneck::cpu {
 
 constexpr int64_t kChannelMultiple = 16;
+constexpr int64_t kWordBytes = 4;
 constexpr int64_t kLeft = 8;
 constexpr int64_t kPanelMultiple = 32;  // of the widest right panel
 // Of a product over pixels: the right panels that are to stay in a core's L2 cache.
@@ -27,19 +30,19 @@ constexpr int64_t kRowMultiple = 12;
 
 // rows x channels of a row-major matrix, source_stride elements from row to row.
 struct PackRows {
-  const float* source;
+  const void* source;
   int64_t rows, channels, source_stride;
-  int64_t stride;       // of the panels, in rows; at least `rows` (left: rounded up)
+  int64_t stride;       // of the panels, in words; at least those of `rows` (left: rounded up)
   const uint8_t* mask;  // left only, whole rows: elements without their bit are zero; or null
   float* panels;
   double* sums;                   // left only: column sums are added here; null: not wanted
-  const float* scales = nullptr;  // right only: of the rows; null: one
+  const float* scales = nullptr;  // right only, float32: of the rows; null: one
 };
 
 // A weight seen as [depth, channels] with any strides: rows depth_begin .. of right panels whose
 // stride is total_depth.
 struct PackWeight {
-  const float* source;
+  const void* source;
   int64_t depth, channels, depth_stride, channel_stride;
   int64_t depth_begin, total_depth;
   float* panels;
@@ -52,7 +55,7 @@ struct Ahead {
   int64_t bytes = 0;
 };
 
-// values [rows, channels] = left [rows, depth] times right [depth, channels].
+// values [rows, channels] = left [rows, depth] times right [depth, channels]; depth in words.
 struct Multiply {
   int64_t rows, depth, channels;
   const float* left;
@@ -74,8 +77,8 @@ struct Sums {
   }
 };
 
-// sums (+)= left^T right over `rows` rows from row `begin` of the panels on: float32 within the
-// call, or double (sums too).
+// sums (+)= left^T right over `rows` words from word `begin` of the panels on: float32 within the
+// call, or, of float32 words, double (sums too).
 struct Accumulate {
   int64_t begin, rows, left_channels, right_channels;
   const float* left;
@@ -101,20 +104,36 @@ struct UnpackSums {
   Sums out;
 };
 
+// out [rows, channels] = values, or values + addend + shift; addend and out as the operands are.
+struct WriteValues {
+  int64_t rows, channels;
+  const float* values;
+  void* out;
+  const void* addend = nullptr;
+  const float* shift = nullptr;
+};
+
 struct ProductKernels {
+  int64_t per_word;  // elements in a word
+  // For accumulate: words of rows; for multiply: words of channels, pack_depth with its mask only.
   void (*pack_left)(const PackRows&);
+  void (*pack_depth)(const PackRows&);
   void (*pack_right)(const PackRows&);
   // Channels [begin, end); begin a multiple of kPanelMultiple, end too or the last.
   void (*pack_weight)(const PackWeight&, int64_t begin, int64_t end);
   void (*multiply)(const Multiply&);
   void (*accumulate)(const Accumulate&);
   void (*unpack_sums)(const UnpackSums&);
+  void (*write_values)(const WriteValues&);
 };
 
 namespace isa_avx2 {
 extern const ProductKernels product_kernels;
 }
 namespace isa_avx512 {
+extern const ProductKernels product_kernels;
+}
+namespace isa_avx512_bf16 {
 extern const ProductKernels product_kernels;
 }
 

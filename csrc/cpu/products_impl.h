@@ -1,5 +1,6 @@
-// The micro-kernels of the 1x1 products, for one instruction set with fused multiply-add; float32.
-// Included by kernels_impl.h. See products.h for the layouts.
+// The micro-kernels of the 1x1 products, for one instruction set and one kind of words in the
+// panels: included after single_impl.h by kernels_impl.h, after pairs_impl.h by
+// kernels_avx512_bf16.cpp. See products.h for the layouts.
 //
 // A tile of the result stays in registers over the whole depth: 12 x 2 vectors of AVX-512, 6 x 2 of
 // AVX2, so that a step costs 2 vector loads and 12 (6) broadcasts for 24 (12) multiply-adds.
@@ -9,33 +10,20 @@
 
 namespace fused_bottleneck::cpu::FUSED_BOTTLENECK_ISA {
 
-using Float = FullLanes<float>;
-using FloatVector = Value<float, Float::count>;
-constexpr int kVector = Float::count;
-using DoubleVector = Value<double, kVector / 2>;
-constexpr int kWide = 2 * kVector;
-
 #if FUSED_BOTTLENECK_VECTOR_BYTES == 64
 constexpr int kTileRows = 12;  // of multiply
 constexpr int kTileLeft = 8;   // left channels of accumulate
-FB_INLINE FloatVector multiply_add(float a, FloatVector b, FloatVector c) {
-  return (FloatVector)_mm512_fmadd_ps(_mm512_set1_ps(a), (__m512)b, (__m512)c);
-}
 FB_INLINE DoubleVector multiply_add(double a, DoubleVector b, DoubleVector c) {
   return (DoubleVector)_mm512_fmadd_pd(_mm512_set1_pd(a), (__m512d)b, (__m512d)c);
 }
 #else
 constexpr int kTileRows = 6;
 constexpr int kTileLeft = 4;
-FB_INLINE FloatVector multiply_add(float a, FloatVector b, FloatVector c) {
-  return (FloatVector)_mm256_fmadd_ps(_mm256_set1_ps(a), (__m256)b, (__m256)c);
-}
 FB_INLINE DoubleVector multiply_add(double a, DoubleVector b, DoubleVector c) {
   return (DoubleVector)_mm256_fmadd_pd(_mm256_set1_pd(a), (__m256d)b, (__m256d)c);
 }
 #endif
 static_assert(kRowMultiple % kTileRows == 0 && kLeft % kTileLeft == 0);
-static_assert(kChannelMultiple % kVector == 0 && kChannelMultiple % kLeft == 0);
 
 template <int Rows, int Vectors>
 struct Tile {
@@ -56,142 +44,6 @@ FB_INLINE void step(Tile<Rows, Vectors>& tile, const float* left, int64_t left_s
     for (int v = 0; v < Vectors; ++v) tile.at[r][v] = multiply_add(a, b[v], tile.at[r][v]);
   }
 }
-
-// body(Vectors, channel) for every right panel of [0, channels).
-template <class Body>
-FB_INLINE void for_each_panel(int64_t channels, const Body& body) {
-  int64_t c = 0;
-  for (; c + kWide <= channels; c += kWide) body(std::integral_constant<int, 2>{}, c);
-  for (; c < channels; c += kVector) body(std::integral_constant<int, 1>{}, c);
-}
-
-// --- packing ---
-
-// Lanes [half * kLeft, (half + 1) * kLeft) of every half, to panels that are `apart` floats apart.
-FB_INLINE void write_left(float* out, int64_t apart, FloatVector v) {
-#if FUSED_BOTTLENECK_VECTOR_BYTES == 64
-  _mm256_storeu_ps(out, _mm512_castps512_ps256((__m512)v));
-  _mm256_storeu_ps(out + apart, _mm512_extractf32x8_ps((__m512)v, 1));
-#else
-  write(out, v);
-#endif
-}
-
-// Rows [row_begin, row_end) of channels [c_begin, c_end). Summed: total[0 ..] are the sums of the
-// columns.
-template <bool Masked, bool Summed>
-FB_INLINE void pack_left_tile(const PackRows& p, int64_t row_begin, int64_t row_end,
-                              int64_t c_begin, int64_t c_end, float* total) {
-  const int64_t panel = p.stride * kLeft;
-  const int64_t mask_stride = (p.channels + 7) / 8;
-  if constexpr (Summed) clear(total);
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    const float* source = p.source + row * p.source_stride;
-    float* out = p.panels + c_begin / kLeft * panel + row * kLeft;
-    for (int64_t c = c_begin; c < c_end; c += kVector, out += kVector / kLeft * panel) {
-      FloatVector v = load(Float{}, source + c);
-      if constexpr (Masked)
-        v = where_bits(Float{}, read_bits(Float{}, p.mask + row * mask_stride, c), v);
-      if constexpr (Summed) {
-        float* sum = total + (c - c_begin);
-        store(Float{}, sum, load(Float{}, sum) + v);
-      }
-      write_left(out, panel, v);
-    }
-  }
-}
-
-// Rows or products that are summed one after the other; the error of such a sum grows with its
-// length.
-constexpr int64_t kChain = 48;
-
-template <bool Masked>
-FB_INLINE void pack_left_of(const PackRows& p) {
-  if (p.sums == nullptr) return pack_left_tile<Masked, false>(p, 0, p.rows, 0, p.channels, nullptr);
-  float total[kChannelBlock];
-  for_each_tile(0, p.rows, p.channels, kChain,
-                [&](int64_t row_begin, int64_t row_end, int64_t c_begin, int64_t c_end) {
-                  pack_left_tile<Masked, true>(p, row_begin, row_end, c_begin, c_end, total);
-                  add_tile_sum(total, c_begin, c_end, p.sums);
-                });
-}
-
-void pack_left(const PackRows& p) {
-  if (p.mask == nullptr) {
-    pack_left_of<false>(p);
-  } else {
-    pack_left_of<true>(p);
-  }
-  const int64_t padded = (p.rows + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
-  for (int64_t c = 0; c < p.channels; c += kLeft)
-    for (int64_t at = p.rows * kLeft; at < padded * kLeft; ++at) p.panels[c * p.stride + at] = 0;
-}
-
-void pack_right(const PackRows& p) {
-  for_each_panel(p.channels, [&](auto vectors, int64_t c) {
-    constexpr int width = vectors * kVector;
-    float* panel = p.panels + c * p.stride;
-    for (int64_t row = 0; row < p.rows; ++row) {
-      const float scale = p.scales == nullptr ? 1.0f : p.scales[row];
-      for (int v = 0; v < width; v += kVector)
-        store(Float{}, panel + row * width + v,
-              load(Float{}, p.source + row * p.source_stride + c + v) * scale);
-    }
-  });
-}
-
-// to[k][i] = from[i][k] for 8 x 8 elements.
-FB_INLINE void transpose_8x8(const float* from, int64_t from_step, float* to, int64_t to_step) {
-  __m256 r[8], s[8];
-  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(from + i * from_step);
-  for (int i = 0; i < 8; i += 2) {
-    s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
-    s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      r[i + 2 * j] = _mm256_shuffle_ps(s[i + j], s[i + j + 2], 0x44);
-      r[i + 2 * j + 1] = _mm256_shuffle_ps(s[i + j], s[i + j + 2], 0xee);
-    }
-  for (int k = 0; k < 4; ++k) {
-    _mm256_storeu_ps(to + k * to_step, _mm256_permute2f128_ps(r[k], r[k + 4], 0x20));
-    _mm256_storeu_ps(to + (k + 4) * to_step, _mm256_permute2f128_ps(r[k], r[k + 4], 0x31));
-  }
-}
-
-constexpr int64_t kLineFloats = 16;
-static_assert(kChannelMultiple % kLineFloats == 0);
-
-// One panel of a weight, from its first channel on.
-FB_INLINE void pack_panel(const PackWeight& p, const float* source, int64_t width, float* panel) {
-  if (p.channel_stride == 1) {
-    for (int64_t k = 0; k < p.depth; ++k)
-      for (int64_t i = 0; i < width; i += kVector)
-        store(Float{}, panel + k * width + i, load(Float{}, source + k * p.depth_stride + i));
-  } else if (p.depth_stride == 1) {
-    // A cache line of every channel at a time: rows a power of two apart share a cache set.
-    for (int64_t line = 0; line < p.depth; line += kLineFloats)
-      for (int64_t i = 0; i < width; i += 8)
-        for (int64_t k = line; k < line + kLineFloats; k += 8)
-          transpose_8x8(source + i * p.channel_stride + k, p.channel_stride, panel + k * width + i,
-                        width);
-  } else {
-    for (int64_t k = 0; k < p.depth; ++k)
-      for (int64_t i = 0; i < width; ++i)
-        panel[k * width + i] = source[k * p.depth_stride + i * p.channel_stride];
-  }
-}
-
-void pack_weight(const PackWeight& p, int64_t begin, int64_t end) {
-  for_each_panel(end - begin, [&](auto vectors, int64_t from) {
-    constexpr int width = vectors * kVector;
-    const int64_t c = begin + from;
-    pack_panel(p, p.source + c * p.channel_stride, width,
-               p.panels + c * p.total_depth + p.depth_begin * width);
-  });
-}
-
-// --- products ---
 
 // Walks over the memory of a call's aheads, in as many equal steps as the call has.
 class Prefetcher {
@@ -410,7 +262,19 @@ void unpack_sums(const UnpackSums& p) {
   }
 }
 
-const ProductKernels product_kernels = {pack_left, pack_right, pack_weight,
-                                        multiply,  accumulate, unpack_sums};
+void write_values(const WriteValues& p) {
+  const Element* addend = static_cast<const Element*>(p.addend);
+  Element* out = static_cast<Element*>(p.out);
+  for (int64_t row = 0; row < p.rows; ++row)
+    for (int64_t c = 0; c < p.channels; c += kVector) {
+      const int64_t at = row * p.channels + c;
+      FloatVector v = load(Float{}, p.values + at);
+      if (addend != nullptr) v = v + load(Float{}, addend + at) + load(Float{}, p.shift + c);
+      store(Float{}, out + at, v);
+    }
+}
+
+const ProductKernels product_kernels = {kPerWord, pack_left,  pack_depth,  pack_right,  pack_weight,
+                                        multiply, accumulate, unpack_sums, write_values};
 
 }  // namespace fused_bottleneck::cpu::FUSED_BOTTLENECK_ISA
