@@ -2,10 +2,11 @@
 
 * 1x1 convolutions (csrc/cpu/products.cpp, pixel_products.cpp): a block of pixels goes from its
   operand through the product to its epilogue inside a core's L2 cache.
-* 3x3 convolutions of stride 1 and 2 in float32 (csrc/cpu/winograd.cpp): Winograd's F(2x2, 3x3) for stride 1,
-  with 2.25 times fewer multiplications and a smaller error; a normalisation and ReLU before it are
-  applied to what it loads. It spreads what is not finite over a tile, so it serves batch statistics
-  only: they spread it over the whole channel anyway.
+* 3x3 convolutions of stride 1 and 2 in float32 (csrc/cpu/winograd.cpp): Winograd's F(2x2, 3x3) for
+  stride 1, with 2.25 times fewer multiplications and a smaller error; a normalisation and ReLU
+  before it are applied to what it loads. It spreads what is not finite over a tile, so it serves
+  batch statistics only: they spread it over the whole channel anyway. In bfloat16 oneDNN's take as
+  long as this would in float32, and this in bfloat16 would round what is larger than the result.
 
 What these cannot take (channels that are no multiple of 16, other kernels) goes the way of
 ``CpuStages``.

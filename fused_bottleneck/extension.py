@@ -142,7 +142,7 @@ def _fake_two_vectors(matrix: Tensor, *args: object) -> tuple[Tensor, Tensor]:
 
 
 def _fake_transposed_product(a: Tensor, b: Tensor, workspace: Tensor) -> Tensor:
-    return a.new_empty(a.shape[1], b.shape[1])
+    return a.new_empty(a.shape[1], b.shape[1], dtype=torch.float32)
 
 
 def _fake_gram(d: Tensor, workspace: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,8 @@ def _fake_gram(d: Tensor, workspace: Tensor) -> tuple[Tensor, Tensor]:
 def _fake_masked_products(
     grad_out: Tensor, mask: Tensor, d: Tensor, *args: object
 ) -> tuple[Tensor, Tensor]:
-    return _column_vector(grad_out), grad_out.new_empty(grad_out.shape[1], d.shape[1])
+    s = grad_out.new_empty(grad_out.shape[1], d.shape[1], dtype=torch.float32)
+    return _column_vector(grad_out), s
 
 
 def _fake_fold_product(weight: Tensor, *args: object) -> tuple[Tensor, ...]:

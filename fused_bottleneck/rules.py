@@ -38,10 +38,10 @@ def uses_gram(
         return True
     if pixels < _GRAM_PIXELS and dtype.itemsize > 2:
         return False
-    single = dtype == torch.float32 and extension.has_products()
-    cost = 1 if single else 2.5
+    own = extension.has_products(dtype)
+    cost = 1 if own else 2.5
     gram = (0.5 * cost + 1) * pixels * channels**2 + (cost + 1) * width * channels**2
-    again = 1 - kept if single else 1
+    again = 1 - kept if own else 1
     return gram < _WORTH_OF_GRAM * (again * channels + _PASSES) * pixels * width
 
 

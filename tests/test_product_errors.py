@@ -55,6 +55,17 @@ ERRORS: list[tuple[str, str, Change, str]] = [
     ("transposed_product", "b", lambda t: t[1:], r"b to be .*got float32 \[9, 48\]"),
     ("transposed_product", "b", lambda t: t[:, :8].clone(), r"b to be .*multiple of 16"),
     ("transposed_product", "workspace", lambda t: t[:64], "workspace to have at least"),
+    *(
+        (f"{case}, bfloat16", name, change, message)
+        for case, name, change, message in [
+            ("product", "weight", lambda t: t.float(), r"weight to be bfloat16 .*got float32"),
+            ("residual_relu, two and residual", "a2", lambda t: t.float(), "a2 to be bfloat16"),
+            ("moments", "out", lambda t: t.float(), "out to be bfloat16 .*got float32"),
+            ("masked_products", "d", lambda t: t.float(), r"d to be bfloat16 \[10, C\]"),
+        ]
+        if f"{case}, bfloat16" in CASES
+    ),
+    ("gram_in_double", "d", lambda t: t.bfloat16(), MATRIX.format("d") + ".*got bfloat16"),
     ("gram", "d", lambda t: t.double(), MATRIX.format("d") + ".*got float64"),
     ("gram", "workspace", lambda t: t[:64], "workspace to have at least"),
     ("gram_in_double", "d", lambda t: t.double(), MATRIX.format("d") + ".*got float64"),

@@ -1,7 +1,8 @@
 """The fused 1x1 products (csrc/ops.cpp) against oracles in plain torch.
 
 The criterion is that of the blocks: an output's error against float64 may be eager's (aten's
-convolution and float32 operations on the same data) times EAGER_FACTOR, plus the floor. Everything
+convolution and float32 operations on the same data) times EAGER_FACTOR, plus the floor. In
+bfloat16 operands are exact and sums float32, so that only what is stored is rounded. Everything
 that a product reads or writes lies between NaN, and so do its outputs and workspace at first.
 """
 
@@ -26,7 +27,7 @@ from op_helpers import (
     unwritten,
 )
 from test_passes import assert_moments
-from tolerances import SAME_FORMULA
+from tolerances import BFLOAT16_STORED, SAME_FORMULA
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 ops = torch.ops.fused_bottleneck
 
 # Per variant: the operator and the optional arguments to leave out.
-CASES: dict[str, tuple[str, list[str]]] = {
+SINGLE_CASES: dict[str, tuple[str, list[str]]] = {
     "product": ("product_", []),
     "add": ("product_add_", []),
     "add, no shift": ("product_add_", ["shift"]),
@@ -55,6 +56,17 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "gram": ("gram", []),
     "gram_in_double": ("gram_in_double", []),
 }
+_PAIRS = ", bfloat16"
+# One variant of each operator in bfloat16, where this CPU has the instruction.
+PAIR_CASES = {
+    case + _PAIRS: SINGLE_CASES[case]
+    for case in [
+        *["product", "add", "moments", "residual_relu, two and residual", "masked_add"],
+        *["bn_backward_reduce", "masked_products", "transposed_product", "gram"],
+    ]
+    if extension.has_products(torch.bfloat16)
+}
+CASES = SINGLE_CASES | PAIR_CASES
 RETURNS = {
     "product_moments_": ["mean", "m2"],
     "product_bn_backward_reduce_": ["sum_g", "sum_g_xhat"],
@@ -83,6 +95,8 @@ SHAPES = [
     *((p, k, c) for p in ROWS for k, c in CHANNELS),
     *[(997, 80, 144), (997, 528, 48), (5000, 144, 32), (5000, 48, 80), (5000, 16, 528)],
 ]
+# A single row, an odd one behind the pairs, and more than a block.
+PAIR_SHAPES = [*itertools.product([1, 13, 100], [16, 80, 528], [16, 48, 528]), (997, 528, 144)]
 over_cases = pytest.mark.parametrize("case", CASES)
 
 Arguments = dict[str, Tensor | None]
@@ -93,6 +107,11 @@ def written(op: str) -> list[str]:
     """The arguments that the operator writes, the workspace too."""
     schema = getattr(ops, op).default._schema
     return [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+
+
+def dtype_of(case: str) -> torch.dtype:
+    """Of matrices and weights; vectors are float32."""
+    return torch.bfloat16 if case.endswith(_PAIRS) else torch.float32
 
 
 def arguments(case: str, shape: tuple[int, int, int], seed: int = 0) -> Arguments:
@@ -114,9 +133,11 @@ def arguments(case: str, shape: tuple[int, int, int], seed: int = 0) -> Argument
             bits = torch.randint(0, 2, size, dtype=torch.uint8, generator=generator)
             return unwritten(pack(bits)) if name in written(op) else pack(bits)
         t = torch.randn(size, generator=generator)
-        if name in written(op):
-            return unwritten(t)
-        return t / size[0] ** 0.5 if name.startswith("weight") else t
+        if name.startswith("weight"):
+            t /= size[0] ** 0.5
+        if len(letters) > 1:
+            t = t.to(dtype_of(case))
+        return unwritten(t) if name in written(op) else t
 
     return {a.name: value(a.name) for a in getattr(ops, op).default._schema.arguments}
 
@@ -204,7 +225,7 @@ def assert_mask(outputs: Outputs) -> None:
         assert torch.equal(outputs["mask"], pack(~(outputs["out"] <= 0)))
 
 
-@over_cases
+@pytest.mark.parametrize("case", SINGLE_CASES)
 def test_error_is_eagers(case: str) -> None:
     for seed, shape in enumerate(SHAPES):
         args = arguments(case, shape, seed)
@@ -220,11 +241,32 @@ def test_error_is_eagers(case: str) -> None:
             raise AssertionError(f"{shape}: {error}") from None
 
 
+@pytest.mark.parametrize("case", PAIR_CASES)
+def test_bfloat16_rounds_what_it_stores(case: str) -> None:
+    """And nothing else; moments and sums behind a ReLU are those of what is stored."""
+    for seed, shape in enumerate(PAIR_SHAPES):
+        args = arguments(case, shape, seed)
+        outputs = call(case, args)
+        assert_mask(outputs)
+        expected = formula(case, args, torch.float64)
+        if "mean" in outputs:
+            assert_moments(outputs["out"], outputs.pop("mean"), outputs.pop("m2"))
+        if "g" in outputs:
+            g = outputs["g"].double()
+            xhat = (args["y"] - args["mean"]) * args["invstd"]
+            expected |= {"sum_g": g.sum(0), "sum_g_xhat": (g * xhat).sum(0)}
+        for name in outputs.keys() - {"mask"}:
+            stored = outputs[name].dtype == torch.bfloat16
+            limit = BFLOAT16_STORED if stored else SAME_FORMULA[torch.float32]
+            assert relative_error(outputs[name], expected[name]) <= limit, (shape, name)
+
+
 def test_result_dtypes() -> None:
-    for case in CASES:
+    for case, (op, _) in CASES.items():
         for name, t in call(case, arguments(case, (7, 16, 32))).items():
-            wide = torch.float64 if case in GRAMS else torch.float32
-            assert t.dtype == (torch.uint8 if name == "mask" else wide), (case, name)
+            wide = torch.float64 if op in GRAMS else torch.float32
+            own = dtype_of(case) if name in ("out", "g") else wide
+            assert t.dtype == (torch.uint8 if name == "mask" else own), (case, name)
 
 
 def test_gram_is_summed_in_double() -> None:
@@ -309,7 +351,7 @@ def test_output_may_be_a_matrix_of_the_epilogue(case: str) -> None:
 @over_cases
 def test_nan_and_inf_reach_only_their_outputs(case: str, special: float) -> None:
     """One element of one argument; the gate and relu let NaN through, the mask has it as live."""
-    tolerance = {"rtol": SAME_FORMULA[torch.float32], "atol": SAME_FORMULA[torch.float32]}
+    tolerance = dict.fromkeys(["rtol", "atol"], SAME_FORMULA[dtype_of(case)])
     shape = (100, 48, 80)
     for name in arguments(case, shape):
         args = arguments(case, shape)
@@ -402,7 +444,7 @@ def all_outputs() -> dict[str, object]:
     shapes = [(p, k, c) for p in (1, 13, 100) for k, c in CHANNELS] + [(997, 80, 144)]
     outputs: dict[str, object] = {
         f"{case} {shape} {name}": value
-        for case, shape in itertools.product(CASES, shapes)
+        for case, shape in itertools.product(SINGLE_CASES, shapes)
         for name, value in call(case, arguments(case, shape)).items()
     }
     return outputs | {"capability": ops.cpu_capability()}
@@ -427,18 +469,25 @@ def test_instruction_sets_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_level_without_products() -> None:
+@pytest.mark.parametrize(
+    ("level", "dtype", "message"),
+    [
+        ("default", torch.float32, "products need AVX2"),
+        ("avx2", torch.bfloat16, "products of bfloat16 need AVX512-BF16, got avx2"),
+    ],
+)
+def test_level_without_products(level: str, dtype: torch.dtype, message: str) -> None:
     code = (
         "import torch; from fused_bottleneck import extension; ops = torch.ops.fused_bottleneck;"
-        "print(extension.has_products(), ops.has_products(), ops.cpu_capability());"
-        "t = torch.ones(16, 16);"
+        f"print(extension.has_products({dtype}), ops.cpu_capability());"
+        f"t = torch.ones(16, 16, dtype={dtype});"
         "ops.product_(t, t, t.clone(), torch.empty(2**20, dtype=torch.uint8))"
     )
-    child = run_child(code, FUSED_BOTTLENECK_CPU_CAPABILITY="default")
-    assert child.stdout.split() == ["False", "False", "default"]
+    child = run_child(code, FUSED_BOTTLENECK_CPU_CAPABILITY=level)
+    assert child.stdout.split() == ["False", level]
     assert child.returncode == 1
     assert "RuntimeError" in child.stderr
-    assert "products need AVX2" in child.stderr
+    assert message in child.stderr
 
 
 @over_cases

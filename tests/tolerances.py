@@ -43,6 +43,10 @@ SAME_FORMULA = {
     torch.float16: 5e-3,
 }
 
+# A tensor that is summed in float32 and stored in bfloat16: an element is rounded by at most half a
+# unit of its last place, 2^-8 of itself.
+BFLOAT16_STORED = 2.0**-8 + SAME_FORMULA[torch.float32]
+
 # An element of a product of matrices in float32, relative to the product of their absolute values:
 # every term is rounded to u = 2^-24, of a sum of two tf32 numbers for an operand to 2^-22 (two
 # times 11 bits and a sign), and the sums of up to 100 terms to ten u more.
