@@ -201,11 +201,11 @@ class CpuProductStages(CpuStages):
             rows, single, mean = _rows(weight), cov.float(), mean_d.float()
             weight_cov = self._matrix_product(rows, single)
             affine = _single(gamma), _single(beta), _single(bias)
-            matrix, *statistics, shift, cancellation = _passes.fold_product(
+            matrix, reported, var, invstd, offset, shift, cancellation = _passes.fold_product(
                 rows, weight_cov, single, *affine, eps, centre, mean
             )
+            statistics = reported, var, invstd, offset
             if weight.dtype != torch.float32:
-                _, _, invstd, offset = statistics
                 scale = algebra.bn_scale(gamma, invstd)
                 folded = algebra.fold(rows, scale, offset, beta, mean, weight.dtype)
                 return FoldForward(folded, *statistics, weight_cov)

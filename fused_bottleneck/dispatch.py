@@ -15,6 +15,7 @@ from .cpu_block import CpuBlockStages
 from .cpu_products import CpuProductStages
 from .kernels import launch
 from .operands import Geometry
+from .rules import own_products
 from .stages import EmptyStages, Stages
 from .vendor import VendorStages
 
@@ -60,7 +61,7 @@ def stages_for(x: Tensor, convs: Sequence[Shape], backend: str | None = None) ->
         return Stages()
     if x.device.type != "cpu":
         return VendorStages()
-    if asked is not None or not extension.has_products(x.dtype):
+    if asked is not None or not own_products(x.dtype):
         return CpuStages()
     return CpuBlockStages() if x.dtype == torch.float32 else CpuProductStages()
 

@@ -59,6 +59,17 @@ def test_emulation_is_no_instruction(monkeypatch: pytest.MonkeyPatch, supported:
     assert rules._has_instructions(torch.bfloat16) == expected
 
 
+def test_bfloat16_is_left_to_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    for amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert rules.own_products(torch.float32) == extension.has_products()
+        assert rules.own_products(torch.bfloat16) == (
+            extension.has_products(torch.bfloat16) and not amx
+        )
+    assert not rules.own_products(torch.float64)
+    assert not rules.own_products(torch.float16)
+
+
 @pytest.mark.parametrize(
     ("kept", "images"), [(5500, 0), (6000, 0), (5401, 0), (5400, 1), (5100, 4), (4000, 8), (0, 8)]
 )

@@ -116,7 +116,8 @@ inline ProductMatrix product_matrix(const char* op, const char* name, const Tens
                   op, ": expected ", name, " to be ", dtype_name(dtype), " [", rows,
                   ", C], C a multiple of ", kChannelMultiple, kMatrixLayout, "on the CPU, got ",
                   describe(t));
-  return {static_cast<const char*>(t.const_data_ptr()), channels, channels * static_cast<int64_t>(t.element_size())};
+  return {static_cast<const char*>(t.const_data_ptr()), channels,
+          channels * static_cast<int64_t>(t.element_size())};
 }
 
 // A weight [depth, channels] of that dtype with any strides.
