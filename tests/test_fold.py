@@ -14,6 +14,8 @@ from op_helpers import LEVELS, assert_fence, fenced, run_child, unwritten
 from torch import Tensor
 
 from fused_bottleneck import algebra, extension
+from fused_bottleneck.cpu_products import CpuProductStages
+from fused_bottleneck.operands import StridedInput
 
 pytestmark = pytest.mark.skipif(
     not extension.has_products(), reason=extension.reason() or "no products for this CPU"
@@ -260,3 +262,30 @@ def test_instruction_sets_agree(tmp_path: Path) -> None:
     assert found.pop("capability") == LEVELS.index("avx2")
     expected.pop("capability")
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    not extension.has_products(torch.bfloat16), reason="no bfloat16 products for this CPU"
+)
+def test_shifts_are_of_the_rounded_weights() -> None:
+    """In bfloat16: the output's mean is then beta, and the operand's gradient sums to zero."""
+    width, channels, count = 96, 32, 3000
+    weight = torch.randn(width, channels, 1, 1).bfloat16()
+    gamma, beta, sum_g = torch.rand(3, width) + 0.5
+    s, d = torch.randn(width, channels), torch.randn(1, channels, count, 1).bfloat16()
+    d = d.contiguous(memory_format=torch.channels_last)
+    centre = torch.rand(channels)
+    with CpuProductStages() as stages:
+        mean_d, cov = stages.gram(StridedInput(d, (1, 1), centre))
+        forward = stages.fold(weight, gamma, beta, None, 1e-5, centre, mean_d, cov)
+        folded, shift = forward.folded
+        mean_d = mean_d.float()
+        expected = beta - folded.float() @ mean_d
+        torch.testing.assert_close(shift, expected, rtol=1e-5, atol=1e-5)
+        assert folded.dtype == torch.bfloat16
+        state = forward.invstd, forward.offset, centre, mean_d, forward.weight_cov
+        grads = stages.fold_backward(weight, gamma, *state, folded, s, sum_g, count)
+    a, b, shift = grads.coefficients
+    assert b.dtype == torch.bfloat16
+    expected = algebra.operand_shift(a, b, sum_g, mean_d, count)
+    torch.testing.assert_close(shift, expected, rtol=1e-5, atol=1e-6)
