@@ -21,12 +21,9 @@ FB_INLINE __m256i load_bits(const BFloat16* source, uint32_t bits) {
   return _mm256_maskz_loadu_epi16(static_cast<__mmask16>(bits), source);
 }
 
-FB_INLINE Word pairs_of(__m256i low, __m256i high) {
-  const auto widened = [](__m256i half) {
-    return (Word)_mm512_maskz_cvtepu16_epi32(kAllBits, half);
-  };
-  return widened(low) | widened(high) << 16;
-}
+FB_INLINE Word widened(__m256i half) { return (Word)_mm512_maskz_cvtepu16_epi32(kAllBits, half); }
+
+FB_INLINE Word pairs_of(__m256i low, __m256i high) { return widened(low) | widened(high) << 16; }
 
 FB_INLINE FloatVector sum_of(Word pairs) {
   return bit_cast<FloatVector>(pairs << 16) + bit_cast<FloatVector>(pairs & 0xffff0000u);
