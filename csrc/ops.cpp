@@ -52,6 +52,25 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
       "masked_bn_backward_(Tensor grad_out, Tensor mask, Tensor y, Tensor mean, Tensor scale, "
       "Tensor k0, Tensor k1, Tensor(a!) out) -> ()");
 
+  // --- Max pooling behind a normalisation and ReLU, CPU only. y [N, C, H, W]; out, grad_out and
+  // index [N, C, H', W'], all in channels_last memory. pool: kernel, stride, padding and dilation,
+  // height and width of each; at most 255 elements, and one at least of each window is inside.
+  // index: uint8, which element of the window, row by row, out is; 255: none, it is 0.
+  // v = relu((y - mean) * scale + beta), rounded; out = the first maximum of a window, or its last
+  // NaN.
+  m.def(
+      "bn_relu_pool_(Tensor y, Tensor mean, Tensor scale, Tensor? beta, int[] pool, "
+      "Tensor(a!) out, Tensor(b!) index) -> ()");
+
+  // g = the sum of grad_out where an element is the one that index names: bn_backward_reduce_'s
+  // sums, and bn_backward_ of it; g is not stored.
+  m.def(
+      "pool_bn_backward_reduce(Tensor grad_out, Tensor index, int[] pool, Tensor y, Tensor mean, "
+      "Tensor invstd) -> (Tensor sum_g, Tensor sum_g_xhat)");
+  m.def(
+      "pool_bn_backward_(Tensor grad_out, Tensor index, int[] pool, Tensor y, Tensor mean, "
+      "Tensor scale, Tensor? k0, Tensor? k1, Tensor(a!) out) -> ()");
+
   // --- The algebra between the stages (algebra.py), one call per junction. A parameter (gamma,
   // beta, bias) has any floating dtype; absent ones count as 1, 0, 0. Results are in the
   // accumulation dtype but where they have the weight's, which is that of the products that read

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 #include "../arguments.h"
@@ -94,6 +95,12 @@ const double* add_parts(int64_t channels, int64_t count, const Partial& partial)
 template <class Partial>
 Tensor sum_parts(const Arguments& args, int64_t count, const Partial& partial) {
   return to_vector(args, add_parts(args.channels, count, partial));
+}
+
+// Both sums, over all parts.
+inline std::tuple<Tensor, Tensor> sum_both_parts(const Arguments& args, const Partials& partials) {
+  return {sum_parts(args, partials.count, [&](int64_t part) { return partials.first(part); }),
+          sum_parts(args, partials.count, [&](int64_t part) { return partials.second(part); })};
 }
 
 }  // namespace fused_bottleneck::cpu

@@ -71,6 +71,58 @@ struct BnBackward {
   void* out;
 };
 
+// Of a max pooling's output: that no element of its window is above zero.
+constexpr uint8_t kNoTap = 255;
+
+// One side of a max pooling: tap t of output o is input o * stride - padding + t * dilation, if
+// there is one; every output has one.
+struct PoolAxis {
+  int64_t in, out, kernel, stride, padding, dilation;
+};
+
+struct PoolWindow {
+  PoolAxis height, width;
+};
+
+// Rows of these three are lines of pixels: of the output in the first two, of the input in the last.
+struct BnReluPool {
+  int64_t channels;
+  PoolWindow window;
+  const void *y, *mean, *scale, *beta;
+  void* out;
+  uint8_t* index;
+};
+
+struct PoolBnBackwardReduce {
+  int64_t channels;
+  PoolWindow window;
+  const void* grad_out;
+  const uint8_t* index;
+  const void *y, *mean, *invstd;
+};
+
+// Which outputs have an input in their window, as which tap: of input i, uses first[i] up to
+// first[i + 1], by increasing output.
+struct PoolUse {
+  int64_t out, tap;
+};
+
+struct PoolUses {
+  const int64_t* first;
+  const PoolUse* uses;
+};
+
+struct PoolBnBackward {
+  int64_t channels;
+  PoolWindow window;
+  PoolUses rows, columns;
+  const void* grad_out;
+  const uint8_t* index;
+  const void *y, *mean, *scale;
+  const void *k0, *k1;  // both null: y is not read
+  void* out;
+};
+
 // The kernels of one dtype. Reductions write their rows' result as doubles, [channels] each.
 struct Kernels {
   void (*channel_moments)(const ChannelMoments&, int64_t begin, int64_t end, double* mean,
@@ -85,6 +137,10 @@ struct Kernels {
   void (*bn_backward_reduce)(const BnBackwardReduce&, int64_t begin, int64_t end, double* sum_g,
                              double* sum_g_xhat);
   void (*bn_backward)(const BnBackward&, int64_t begin, int64_t end);
+  void (*bn_relu_pool)(const BnReluPool&, int64_t begin, int64_t end);
+  void (*pool_bn_backward_reduce)(const PoolBnBackwardReduce&, int64_t begin, int64_t end,
+                                  double* sum_g, double* sum_g_xhat);
+  void (*pool_bn_backward)(const PoolBnBackward&, int64_t begin, int64_t end);
 };
 
 // One table per instruction set, indexed by Dtype; constant-initialised, so that loading the

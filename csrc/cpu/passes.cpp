@@ -10,53 +10,14 @@
 
 #include "arguments.h"
 #include "cpu_ops.h"
+#include "parallel.h"
 
 namespace fused_bottleneck::cpu {
-namespace {
-
-// Elements below which one more thread costs more than it brings (as at::internal::GRAIN_SIZE).
-constexpr int64_t kGrainElements = 32768;
-
-// body(begin, end) over rows, in parallel.
-template <class Body>
-void parallel_rows(const Arguments& args, const Body& body) {
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / args.channels);
-  torch::stable::parallel_for(0, args.rows, grain, body);
-}
-
-// The rows of a reduction, cut into chunks by the shape alone; one thread reduces a chunk.
-struct Chunks {
-  explicit Chunks(const Arguments& args) : total(args.rows) {
-    const int64_t by_size = args.rows * args.channels / kGrainElements;
-    const int64_t wanted = std::clamp<int64_t>(std::min(by_size, args.rows / kMinRows), 1, kMax);
-    rows = (total + wanted - 1) / wanted;
-    count = (total + rows - 1) / rows;
-  }
-
-  int64_t begin(int64_t chunk) const { return chunk * rows; }
-  int64_t end(int64_t chunk) const { return std::min(total, begin(chunk) + rows); }
-
-  int64_t total, rows, count;
-
- private:
-  static constexpr int64_t kMax = 64;      // bounds the partial results, and the threads in use
-  static constexpr int64_t kMinRows = 64;  // bounds the partial results against the matrix
-};
-
-template <class Body>
-void parallel_chunks(const Chunks& chunks, const Body& body) {
-  torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) body(chunk);
-  });
-}
-
-}  // namespace
-
 std::tuple<Tensor, Tensor> channel_moments(const Tensor& y) {
   const Arguments args("channel_moments", "y", y);
   const ChannelMoments call{args.channels, y.const_data_ptr()};
   const Kernels& kernels = kernels_for(args.dtype);
-  const Chunks chunks(args);
+  const Chunks chunks = matrix_chunks(args);
   const Partials partials(chunks.count, args.channels);
   parallel_chunks(chunks, [&](int64_t chunk) {
     kernels.channel_moments(call, chunks.begin(chunk), chunks.end(chunk), partials.first(chunk),
@@ -107,7 +68,7 @@ Tensor mask_grad_(const Tensor& grad_out, const Tensor& mask, const Tensor& g) {
   const MaskGrad call{args.channels, grad_out.const_data_ptr(), args.mask(mask),
                       args.output("g", g, {{"mask", mask}})};
   const auto kernel = kernels_for(args.dtype).mask_grad;
-  const Chunks chunks(args);
+  const Chunks chunks = matrix_chunks(args);
   const Partials partials(chunks.count, args.channels);
   parallel_chunks(chunks, [&](int64_t chunk) {
     kernel(call, chunks.begin(chunk), chunks.end(chunk), partials.first(chunk));
@@ -129,14 +90,13 @@ namespace {
 
 std::tuple<Tensor, Tensor> reduce(const Arguments& args, const BnBackwardReduce& call) {
   const auto kernel = kernels_for(args.dtype).bn_backward_reduce;
-  const Chunks chunks(args);
+  const Chunks chunks = matrix_chunks(args);
   const Partials partials(chunks.count, args.channels);
   parallel_chunks(chunks, [&](int64_t chunk) {
     kernel(call, chunks.begin(chunk), chunks.end(chunk), partials.first(chunk),
            partials.second(chunk));
   });
-  return {sum_parts(args, chunks.count, [&](int64_t chunk) { return partials.first(chunk); }),
-          sum_parts(args, chunks.count, [&](int64_t chunk) { return partials.second(chunk); })};
+  return sum_both_parts(args, partials);
 }
 
 }  // namespace

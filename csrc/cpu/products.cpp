@@ -285,8 +285,7 @@ std::tuple<Tensor, Tensor> product_bn_backward_reduce_(
     call.g = product.row_of(whole.g, block.begin);
     kernel(call, 0, block.rows, partials.first(block.index), partials.second(block.index));
   });
-  return {sum_parts(args, blocks.count(), [&](int64_t block) { return partials.first(block); }),
-          sum_parts(args, blocks.count(), [&](int64_t block) { return partials.second(block); })};
+  return sum_both_parts(args, partials);
 }
 
 bool has_products() { return capability().products != nullptr; }
