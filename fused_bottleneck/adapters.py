@@ -57,16 +57,17 @@ KNOWN: dict[str, Layout] = {
     **{f"{module}.resnext.Bottleneck": _MM_BOTTLENECK for module in _MM_BACKBONES},
 }
 
-_CONV1_BN1_RELU = ("conv1", "bn1", "relu")
+_STEM = ("conv1", "bn1", "relu", "maxpool")
 
-# Modules that are, or start with, conv+BN+ReLU; besides any nn.Sequential.
+# Modules that are, or start with, conv+BN+ReLU; besides any nn.Sequential. Only MONAI's
+# may leave out its pooling.
 STEMS: dict[str, ChainLayout] = {
     "fused_bottleneck.reference.ConvBNReLU": ChainLayout(("conv", "bn", "relu")),
-    "torchvision.models.resnet.ResNet": ChainLayout(_CONV1_BN1_RELU, has_rest=True),
+    "torchvision.models.resnet.ResNet": ChainLayout(_STEM, has_rest=True),
     "torchvision.models._utils.IntermediateLayerGetter": ChainLayout(
-        _CONV1_BN1_RELU, has_rest=True, given_out="return_layers"
+        _STEM, has_rest=True, given_out="return_layers"
     ),
-    "timm.models.resnet.ResNet": ChainLayout(("conv1", "bn1", "act1"), has_rest=True),
+    "timm.models.resnet.ResNet": ChainLayout(("conv1", "bn1", "act1", "maxpool"), has_rest=True),
     "monai.networks.nets.resnet.ResNet": ChainLayout(("conv1", "bn1", "act"), has_rest=True),
     **{
         f"transformers.models.{name.lower()}.modeling_{name.lower()}.{name}ConvLayer": ChainLayout(
@@ -74,10 +75,7 @@ STEMS: dict[str, ChainLayout] = {
         )
         for name in ("ResNet", "RegNet")
     },
-    **{
-        f"{module}.resnet.ResNet": ChainLayout(_CONV1_BN1_RELU, has_rest=True)
-        for module in _MM_BACKBONES
-    },
+    **{f"{module}.resnet.ResNet": ChainLayout(_STEM, has_rest=True) for module in _MM_BACKBONES},
 }
 
 # A shortcut with more convolutions than this is no block's.
@@ -124,7 +122,7 @@ def survey_stems(model: nn.Module) -> list[Finding]:
         if reason is None and "forward" in module.__dict__:
             reason = _OWN_FORWARD
         if reason is None:  # what the chain calls is not a chain by itself
-            visited |= {id(getattr(module, child)) for child in where.names}
+            visited |= {id(getattr(module, child)) for child in where.names_in(module)}
         declined = reason is not None and not isinstance(module, FusedChain)
         found.append(Finding(name, module, None if declined else where, reason))
     return found

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from . import double_backward
-from .operands import Geometry
-from .ops import pack_geometry
+from .operands import Geometry, Pool
+from .ops import pack_geometry, pack_pool
 
 TENSORS_PER_UNIT = 6
 Observer = Callable[[Sequence[Tensor]], None]
@@ -31,6 +31,7 @@ class Plan(NamedTuple):
     batch: normalise with batch statistics. channels_last: layout of out and of grad_x.
     backend: what is to serve (dispatch.py); None for its choice. group: the name of the process
     group over whose ranks batch statistics are taken; None: over this process's batch.
+    pool: the max pooling of the ReLU's output, of conv+BN+ReLU only.
     """
 
     eps: tuple[float, ...]
@@ -39,6 +40,7 @@ class Plan(NamedTuple):
     channels_last: tuple[bool, bool]
     backend: str | None = None
     group: str | None = None
+    pool: Pool | None = None
 
 
 def _forward_fields(plan: Plan, tensors: Sequence[Tensor | None]) -> list[Any]:
@@ -144,13 +146,14 @@ class BottleneckFunction(torch.autograd.Function):
 
 
 class ConvBNReLUFunction(torch.autograd.Function):
-    """``relu(bn(conv(x)))``, one unit."""
+    """``relu(bn(conv(x)))``, one unit, or the max pooling of it."""
 
     @staticmethod
     def forward(
         ctx: Any, plan: Plan, observe: Observer | None, x: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        out, saved, moments = _ops.conv_bn_relu_forward(x, *_forward_fields(plan, tensors))
+        fields = _forward_fields(plan, tensors)
+        out, saved, moments = _ops.conv_bn_relu_forward(x, *fields, pack_pool(plan.pool))
         if observe is not None:
             observe(moments)
         ctx.plan = plan
@@ -181,5 +184,6 @@ class ConvBNReLUFunction(torch.autograd.Function):
                 ctx.plan.channels_last[1],
                 ctx.plan.backend,
                 ctx.plan.group,
+                pack_pool(ctx.plan.pool),
             )
         return None, None, *_scatter(needs, grads, fixed=1)

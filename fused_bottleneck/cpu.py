@@ -13,10 +13,27 @@ import torch
 from torch import Tensor
 
 from . import extension
-from .operands import POINTWISE, Activation, Geometry, MaskedGrad, Normalised
-from .pass_stages import PassStages, TailSource, input_grad, pointwise
+from .operands import (
+    POINTWISE,
+    Activation,
+    ConvGrad,
+    Geometry,
+    MaskedGrad,
+    Normalised,
+    Pool,
+    PooledGrad,
+)
+from .pass_stages import PassStages, TailSource, input_grad, operand_key, pointwise
 from .scratch import Lease, result_empty
-from .stages import ConvTerm, FoldedTerm, InputTerm, conv2d, conv2d_backward, output_dtype
+from .stages import (
+    ConvTerm,
+    FoldedTerm,
+    GradSums,
+    InputTerm,
+    conv2d,
+    conv2d_backward,
+    output_dtype,
+)
 
 _passes = torch.ops.fused_bottleneck
 
@@ -45,6 +62,11 @@ def chunk_images(wide: Tensor, weight_elements: int) -> int:
     image = wide[0].numel() * wide.element_size()
     weight = weight_elements * wide.element_size()
     return max(1, max(_CHUNK_BYTES, _CHUNK_PER_WEIGHT * weight) // image)
+
+
+def _windows(pool: Pool) -> list[int]:
+    """A pooling as its passes take it."""
+    return [*pool.kernel, *pool.stride, *pool.padding, *pool.dilation]
 
 
 def _image_matrices(t: Tensor) -> Tensor:
@@ -81,6 +103,10 @@ class CpuStages(PassStages):
 
     def _result(self, like: Tensor, channels_last: bool = True) -> Tensor:
         return result_empty(like.shape, like.dtype, channels_last)
+
+    def _scratch_or_result(self, like: Tensor, channels_last: bool) -> Tensor:
+        """Memory for what is to be given out, transposed first if not channels_last."""
+        return self._result(like) if channels_last else self._scratch(like)
 
     def channels_last(self, t: Tensor) -> Tensor:
         if t.is_contiguous(memory_format=torch.channels_last):
@@ -170,6 +196,19 @@ class CpuStages(PassStages):
             self._conv_into(source, weight, geometry, y, first)
         return y
 
+    def pooled(self, act: Activation, pool: Pool, channels_last: bool) -> tuple[Tensor, Tensor]:
+        """Straight from y: the activation is never there."""
+        y, mean, scale, beta, _ = act
+        shape = (*y.shape[:2], *pool.output_size(y.shape[2], y.shape[3]))
+        out = (
+            result_empty(shape, y.dtype, True)
+            if channels_last
+            else self._lease.take(shape, y.dtype)
+        )
+        taps = torch.empty_like(out, dtype=torch.uint8)
+        _passes.bn_relu_pool_(y, mean, scale, beta, _windows(pool), out, taps)
+        return out if channels_last else self._from_channels_last(out), taps
+
     def _tail_shape(self, source: TailSource) -> tuple[int, ...]:
         if isinstance(source, Tensor):
             return tuple(source.shape)
@@ -230,6 +269,52 @@ class CpuStages(PassStages):
 
     # Backward.
 
+    def pooled_reduce(self, grad: PooledGrad, y: Tensor, mean: Tensor, invstd: Tensor) -> GradSums:
+        windows = _windows(grad.pool)
+        return GradSums(
+            *_passes.pool_bn_backward_reduce(grad.grad_out, grad.taps, windows, y, mean, invstd)
+        )
+
+    def conv_backward(
+        self,
+        grad: ConvGrad,
+        x: Tensor,
+        weight: Tensor,
+        geometry: Geometry,
+        needs: tuple[bool, bool],
+        channels_last: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Below a pooling for a few images at a time, so that no whole dy exists."""
+        if not isinstance(grad.g, PooledGrad) or not any(needs):
+            return super().conv_backward(grad, x, weight, geometry, needs, channels_last)
+        chunks = list(self._chunks(grad.y, weight.numel()))
+        if weight.dtype.itemsize == 2:  # each chunk's part of the weight's gradient is rounded
+            chunks = [(0, len(x))]
+        buffer = self._scratch(grad.y[: chunks[0][1]])
+        grad_x = self._scratch_or_result(x, channels_last) if needs[0] else None
+        grad_weight = None
+        for i, j in chunks:
+            part, images = grad._replace(g=grad.g.images(i, j), y=grad.y[i:j]), x[i:j]
+            self._unpooled_conv_grad(part, buffer[: j - i])
+            if needs[1]:
+                value = self.conv_wgrad(part, images, weight, geometry)
+                grad_weight = value if grad_weight is None else grad_weight.add_(value)
+            if grad_x is not None:
+                term = ConvTerm(part, weight, geometry)
+                self._conv_input_grad_into(term, None, grad_x[i:j])
+            self._materialised.clear()  # whose keys are the ids of this chunk's tensors
+        if grad_x is not None and not channels_last:
+            grad_x = self._from_channels_last(grad_x)
+        return grad_x, grad_weight
+
+    def _unpooled_conv_grad(self, grad: ConvGrad, out: Tensor) -> None:
+        """dy below a pooling into out, where the stages of the convolution find it."""
+        pooled, y, *coefficients = grad
+        assert isinstance(pooled, PooledGrad)
+        windows = _windows(pooled.pool)
+        _passes.pool_bn_backward_(pooled.grad_out, pooled.taps, windows, y, *coefficients, out)
+        self._materialised[operand_key(grad)] = out
+
     def input_dgrad(
         self,
         conv: ConvTerm,
@@ -238,7 +323,7 @@ class CpuStages(PassStages):
         downsample: InputTerm | ConvTerm | None,
         channels_last: bool,
     ) -> Tensor:
-        grad_x = self._result(x) if channels_last else self._scratch(x)
+        grad_x = self._scratch_or_result(x, channels_last)
         self._conv_input_grad_into(conv, identity, grad_x)
         if isinstance(downsample, InputTerm):
             self._add_folded_input_grad(grad_x, downsample)

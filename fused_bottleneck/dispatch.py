@@ -66,6 +66,13 @@ def stages_for(x: Tensor, convs: Sequence[Shape], backend: str | None = None) ->
     return CpuBlockStages() if x.dtype == torch.float32 else CpuProductStages()
 
 
+def pools(x: Tensor) -> bool:
+    """Whether there is more for conv+BN+ReLU and a max pooling as one than for each by itself: the
+    CPU's passes, where nothing else is asked for."""
+    asked = requested_backend(None)
+    return x.device.type == "cpu" and asked in (None, "vendor") and extension.loaded()
+
+
 def requested_backend(backend: str | None) -> str | None:
     """The backend of the argument or the environment variable, if one is asked for."""
     asked = backend or os.environ.get(BACKEND_VARIABLE) or None

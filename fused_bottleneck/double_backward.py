@@ -147,8 +147,10 @@ def conv_bn_relu_grads(
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """The needed gradients of ``relu(bn(conv(x)))``, themselves differentiable."""
+    """The needed gradients of ``relu(bn(conv(x)))``, pooled or not, themselves differentiable."""
     _require_local(plan)
     source, units = x.view_as(x), _units(columns)
     out = torch.relu(_apply(source, units[0], plan, 0, UnitState(*saved[1:3])))
+    if plan.pool is not None:
+        out = F.max_pool2d(out, *plan.pool)
     return _differentiate(out, grad_out, [source, *units[0]], needs)

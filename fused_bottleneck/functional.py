@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks, dispatch
 from .autograd import BottleneckFunction, ConvBNReLUFunction, Observer, Plan
-from .operands import Geometry, Pair
+from .operands import Geometry, Pair, Pool
 
 
 class BatchNorm(NamedTuple):
@@ -63,7 +63,7 @@ def is_channels_last(t: Tensor) -> bool:
     return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
 
 
-def _plan(x: Tensor, units: Sequence[Unit], backend: str | None) -> Plan:
+def _plan(x: Tensor, units: Sequence[Unit], backend: str | None, pool: Pool | None = None) -> Plan:
     x_last = is_channels_last(x)
     return Plan(
         eps=tuple(bn.eps for _, bn in units),
@@ -72,6 +72,7 @@ def _plan(x: Tensor, units: Sequence[Unit], backend: str | None) -> Plan:
         channels_last=(x_last or any(is_channels_last(conv.weight) for conv, _ in units), x_last),
         backend=dispatch.requested_backend(backend),
         group=next((bn.group for _, bn in units if bn.training), None),
+        pool=pool,
     )
 
 
@@ -239,14 +240,19 @@ def conv_bn_relu(x: Tensor, conv: Conv, bn: BatchNorm, backend: str | None = Non
     checks.raise_if(checks.tensor(x))
     x, units = autocast(x, [(conv, bn)])
     checks.raise_if(checks.conv_bn_relu(x, units[0]))
-    return run_conv_bn_relu(x, units[0], backend)
+    return run_conv_bn_relu(x, units[0], backend=backend)
 
 
-def run_conv_bn_relu(x: Tensor, unit: Unit, backend: str | None = None) -> Tensor:
-    """``conv_bn_relu`` on arguments that are cast and checked already."""
+def run_conv_bn_relu(
+    x: Tensor, unit: Unit, pool: Pool | None = None, backend: str | None = None
+) -> Tensor:
+    """``conv_bn_relu`` on arguments that are cast and checked already.
+
+    pool: return the max pooling of that instead, of which backward keeps a byte per element.
+    """
     observe = _observer([unit])
     out, *moments = ConvBNReLUFunction.apply(
-        _plan(x, [unit], backend), observe, x, *_tensors([unit])
+        _plan(x, [unit], backend, pool), observe, x, *_tensors([unit])
     )
     if observe is None:
         _update_statistics([unit], moments)

@@ -69,12 +69,21 @@ class ChainLayout:
             nn.Sequential calls them.
         has_rest: whether the class goes on from there. It then uses its input, and these
             children, for nothing else.
-        given_out: the attribute that says which children's outputs the class also gives out.
+        given_out: the attribute that says which children's outputs the class also gives out: the
+            chain ends with the first of them (``names_in``).
     """
 
     names: tuple[str, ...] = ()
     has_rest: bool = False
     given_out: str = ""
+
+    def names_in(self, module: nn.Module) -> tuple[str, ...]:
+        """The names, up to the first whose output that module gives out now."""
+        given_out = getattr(module, self.given_out) if self.given_out else ()
+        for count, name in enumerate(self.names, 1):
+            if name in given_out:
+                return self.names[:count]
+        return self.names
 
     @property
     def is_unit(self) -> bool:

@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import checks, collectives
 from .functional import BatchNorm, Conv
-from .operands import Pair
+from .operands import Pair, Pool
 
 
 def conv_arguments(conv: nn.Conv2d) -> Conv:
@@ -20,6 +20,17 @@ def conv_arguments(conv: nn.Conv2d) -> Conv:
         cast("Pair", conv.dilation),
         conv.groups,
     )
+
+
+def pool_arguments(pool: nn.MaxPool2d) -> Pool | None:
+    """The arguments of ``F.max_pool2d`` that this child stands for now; None where it returns
+    indices too, or they are no ints and pairs."""
+    values = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    pairs = [(v, v) if isinstance(v, int) else tuple(v) for v in values]
+    if pool.return_indices or any(len(pair) != 2 for pair in pairs):
+        return None
+    kernel, stride, padding, dilation = cast("list[Pair]", pairs)
+    return Pool(kernel, stride, padding, dilation, pool.ceil_mode)
 
 
 # By name: a library that the user has not imported must not be imported here.

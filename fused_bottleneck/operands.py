@@ -36,6 +36,43 @@ class Geometry(NamedTuple):
 
 POINTWISE = Geometry()
 
+NO_TAP = 255  # of a pooled element: none of its window is above zero
+
+
+class Pool(NamedTuple):
+    """Kernel, stride, padding and dilation (height, width) of a max pooling, and its rounding."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    ceil_mode: bool
+
+    def output_size(self, height: int, width: int) -> Pair:
+        """Spatial size of the output (the formula of nn.MaxPool2d)."""
+        h, w = (
+            _pooled_size(size, k, s, p, d, self.ceil_mode)
+            for size, k, s, p, d in zip((height, width), *self[:4], strict=True)
+        )
+        return h, w
+
+    def fits(self, height: int, width: int) -> bool:
+        """Whether an index of one byte names every element of a window, and every window has one
+        inside: past the padding a dilation must not step over the whole input."""
+        sides = list(zip((height, width), *self[:4], strict=True))
+        return (
+            self.kernel[0] * self.kernel[1] <= NO_TAP
+            and all(min(k, s, d) >= 1 and 0 <= 2 * p <= k for _, k, s, p, d in sides)
+            and all(p == 0 or d <= size for size, _, _, p, d in sides)
+            and min(self.output_size(height, width)) >= 1
+        )
+
+
+def _pooled_size(size: int, k: int, s: int, p: int, d: int, ceil_mode: bool) -> int:
+    count = (size + 2 * p - d * (k - 1) - 1 + (s - 1 if ceil_mode else 0)) // s + 1
+    # The last window has to start inside, or in the padding before.
+    return count - 1 if ceil_mode and (count - 1) * s >= size + p else count
+
 
 class Activation(NamedTuple):
     """``relu((y - mean) * scale + beta) - centre``: a normalised convolution output.
@@ -87,6 +124,22 @@ class MaskedGrad(NamedTuple):
     mask: Tensor
 
 
+class PooledGrad(NamedTuple):
+    """g: the gradient below a ReLU and a max pooling.
+
+    The sum of grad_out ``[N, C, H', W']`` at the element (tap) of each window that taps, uint8 and
+    as large, names: they count row by row, ``NO_TAP`` is where none is above zero. Zero elsewhere.
+    """
+
+    grad_out: Tensor
+    taps: Tensor
+    pool: Pool
+
+    def images(self, i: int, j: int) -> "PooledGrad":
+        """The same of images i to j."""
+        return PooledGrad(self.grad_out[i:j], self.taps[i:j], self.pool)
+
+
 class ConvGrad(NamedTuple):
     """``scale * (g - k0 - (y - mean) * k1)``: the gradient of a convolution's output y.
 
@@ -94,7 +147,7 @@ class ConvGrad(NamedTuple):
     ``MaskedGrad``, y was computed for this gradient, which may take its memory.
     """
 
-    g: Tensor | MaskedGrad
+    g: Tensor | MaskedGrad | PooledGrad
     y: Tensor
     mean: Tensor
     scale: Tensor

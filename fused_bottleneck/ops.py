@@ -16,24 +16,25 @@ from torch import Tensor
 
 from . import program
 from .algebra import accumulation_dtype
-from .operands import Geometry
+from .operands import Geometry, Pool
 from .tail_plan import TailPlan, tail_plans
 from .units import Unit, UnitGrads
 
 _FORWARD = (
     "Tensor[] weights, Tensor?[] biases, Tensor?[] gammas, Tensor?[] betas, "
     "Tensor?[] means, Tensor?[] vars, float[] eps, int[] geometry, bool channels_last, "
-    "str? backend, str? group) -> (Tensor, Tensor[], Tensor[])"
+    "str? backend, str? group"
 )
+_RESULT = "(Tensor, Tensor[], Tensor[])"
 _BACKWARD = (
     "Tensor[] weights, Tensor?[] gammas, Tensor?[] betas, Tensor[] saved, "
     "int[] geometry, bool[] batch, bool[] needs, bool channels_last, str? backend, str? group"
 )
 _SCHEMAS = (
-    f"bottleneck_forward(Tensor x, Tensor? shortcut, {_FORWARD}",
+    f"bottleneck_forward(Tensor x, Tensor? shortcut, {_FORWARD}) -> {_RESULT}",
     f"bottleneck_backward(Tensor grad_out, Tensor x, bool identity, {_BACKWARD}) -> Tensor[]",
-    f"conv_bn_relu_forward(Tensor x, {_FORWARD}",
-    f"conv_bn_relu_backward(Tensor grad_out, Tensor x, {_BACKWARD}) -> Tensor[]",
+    f"conv_bn_relu_forward(Tensor x, {_FORWARD}, int[]? pool) -> {_RESULT}",
+    f"conv_bn_relu_backward(Tensor grad_out, Tensor x, {_BACKWARD}, int[]? pool) -> Tensor[]",
 )
 _GEOMETRY_INTS = 7
 _PARAMETERS_PER_UNIT = 4
@@ -66,6 +67,18 @@ def pack_geometry(geometries: Sequence[Geometry]) -> list[int]:
 def _unpack_geometry(flat: Sequence[int]) -> list[Geometry]:
     rows = [flat[i : i + _GEOMETRY_INTS] for i in range(0, len(flat), _GEOMETRY_INTS)]
     return [Geometry((r[0], r[1]), (r[2], r[3]), (r[4], r[5]), r[6]) for r in rows]
+
+
+def pack_pool(pool: Pool | None) -> list[int] | None:
+    """A pooling as nine integers."""
+    return None if pool is None else [*(i for pair in pool[:4] for i in pair), int(pool.ceil_mode)]
+
+
+def _unpack_pool(flat: Sequence[int] | None) -> Pool | None:
+    if flat is None:
+        return None
+    k, k2, s, s2, p, p2, d, d2, ceil_mode = flat
+    return Pool((k, k2), (s, s2), (p, p2), (d, d2), bool(ceil_mode))
 
 
 def _forward_arguments(*arguments: Any) -> tuple[list[Unit], bool, str | None, str | None]:
@@ -181,8 +194,9 @@ def _bottleneck_backward(
 
 
 def _conv_bn_relu_forward(x: Tensor, *arguments: Any) -> ForwardResult:
-    (unit,), channels_last, backend, group = _forward_arguments(*arguments)
-    return program.conv_bn_relu_forward(x, unit, channels_last, backend, group)
+    *others, pool = arguments
+    (unit,), channels_last, backend, group = _forward_arguments(*others)
+    return program.conv_bn_relu_forward(x, unit, channels_last, backend, group, _unpack_pool(pool))
 
 
 def _conv_bn_relu_backward(
@@ -198,11 +212,21 @@ def _conv_bn_relu_backward(
     channels_last: bool,
     backend: str | None,
     group: str | None,
+    pool: Sequence[int] | None,
 ) -> list[Tensor]:
     units = _backward_units(weights, gammas, betas, geometry, batch)
     needs_x, needs_weight = needs[:2]
     grad_x, grads = program.conv_bn_relu_backward(
-        grad_out, x, units[0], saved, needs_x, needs_weight, channels_last, backend, group
+        grad_out,
+        x,
+        units[0],
+        saved,
+        needs_x,
+        needs_weight,
+        channels_last,
+        backend,
+        group,
+        _unpack_pool(pool),
     )
     return _select([grad_x, *_parameter_grads(units, [grads])], needs)
 
@@ -267,10 +291,17 @@ def _bottleneck_forward_fake(x: Tensor, shortcut: Tensor | None, *arguments: Any
 
 
 def _conv_bn_relu_forward_fake(x: Tensor, *arguments: Any) -> ForwardResult:
-    units, channels_last, _, group = _forward_arguments(*arguments)
+    *others, packed = arguments
+    units, channels_last, _, group = _forward_arguments(*others)
+    pool = _unpack_pool(packed)
     out = _fake_conv(x, units[0], channels_last)
-    y = torch.empty_like(out, memory_format=torch.channels_last)
-    return out, [y, *_fake_unit_state(x, units[0], group)], _fake_moments(x, units)
+    saved = [torch.empty_like(out, memory_format=torch.channels_last)]
+    saved += _fake_unit_state(x, units[0], group)
+    if pool is not None:
+        size = pool.output_size(out.shape[2], out.shape[3])
+        out = out.new_empty(*out.shape[:2], *size).to(memory_format=_layout(channels_last))
+        saved.append(torch.empty_like(out, dtype=torch.uint8, memory_format=torch.channels_last))
+    return out, saved, _fake_moments(x, units)
 
 
 def _fake_grads(
@@ -321,6 +352,7 @@ def _conv_bn_relu_backward_fake(
     channels_last: bool,
     backend: str | None,
     group: str | None,
+    pool: Sequence[int] | None,
 ) -> list[Tensor]:
     grad_x = x.new_empty(x.shape).to(memory_format=_layout(channels_last))
     return _fake_grads([grad_x], weights, gammas, betas, needs)

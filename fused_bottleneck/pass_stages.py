@@ -141,6 +141,7 @@ class PassStages(Stages):
                 _passes.bn_backward_(g, y, *coefficients, g)
                 self._materialised[key] = g
             else:
+                assert isinstance(g, MaskedGrad)  # a pooled one is CpuStages'
                 _passes.masked_bn_backward_(*g, y, *coefficients, y)
                 self._materialised[key] = y
         return self._materialised[key]

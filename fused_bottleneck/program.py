@@ -20,6 +20,8 @@ from .operands import (
     Geometry,
     MaskedGrad,
     Normalised,
+    Pool,
+    PooledGrad,
     StridedInput,
     pixels,
     strided,
@@ -315,13 +317,22 @@ def conv_bn_relu_forward(
     channels_last: bool,
     backend: str | None = None,
     group: str | None = None,
+    pool: Pool | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Forward of ``relu(bn(conv(x)))``: out, ``[y, *state]``, and the statistics of the batch."""
+    """Forward of ``relu(bn(conv(x)))``, or of the max pooling of it.
+
+    Returns out, ``[y, *state]`` and with a pooling its taps (``PooledGrad``), and the statistics of the batch.
+    """
     _require_agreement(x, [unit], group)
     with stages_for(x, _convolutions([unit]), backend) as stages:
         act, state, reported = _conv_unit(stages, stages.channels_last(x), unit, group)
-        out = stages.activation(act, channels_last)
-    return out, [act.y, *state.tensors()], reported
+        saved = [act.y, *state.tensors()]
+        if pool is None:
+            out = stages.activation(act, channels_last)
+        else:
+            out, taps = stages.pooled(act, pool, channels_last)
+            saved.append(taps)
+    return out, saved, reported
 
 
 def conv_bn_relu_backward(
@@ -334,17 +345,25 @@ def conv_bn_relu_backward(
     channels_last: bool,
     backend: str | None = None,
     group: str | None = None,
+    pool: Pool | None = None,
 ) -> tuple[Tensor | None, UnitGrads]:
     """Backward of ``relu(bn(conv(x)))``: gradients of x and of the unit's parameters."""
-    y, state = saved[0], UnitState(*saved[1:])
+    y, rest = saved[0], iter(saved[1:])
+    state = unpack_state(unit, rest, group)
     with stages_for(x, _convolutions([unit]), backend) as stages:
         x = stages.channels_last(x)
         act = activation(y, unit, state)
-        g, sums = stages.relu_backward(grad_out, act, state.invstd)
+        g: Tensor | PooledGrad
+        if pool is None:
+            g, sums = stages.relu_backward(grad_out, act, state.invstd)
+        else:
+            g = PooledGrad(stages.channels_last(grad_out), next(rest), pool)
+            sums = stages.pooled_reduce(g, y, state.mean, state.invstd)
         dy = conv_grad(stages, unit, y, state, g, sums, act.scale, group)
-        dweight = _weight_grad(stages, dy, x, unit, needs_weight)
-        grad_x = None
-        if needs_x:
-            term = ConvTerm(dy, unit.weight, unit.geometry)
-            grad_x = stages.input_dgrad(term, x, None, None, channels_last)
+        needs = needs_x, needs_weight
+        grad_x, dweight = stages.conv_backward(
+            dy, x, unit.weight, unit.geometry, needs, channels_last
+        )
+    if dweight is None:
+        dweight = dy.scale.new_empty(0)
     return grad_x, unit_grads(unit, dy, state, sums, dweight)

@@ -16,7 +16,8 @@ B5    conv_wgrad      dW1 from dy1 and x
 B6    input_dgrad     dx = conv1^T(dy1) + g, or + the downsample's g A + D B + c
 ====  ==============  ===================================================================
 
-and two more serve the standalone conv+BN+ReLU unit: ``activation`` and ``relu_backward``.
+and others serve the standalone conv+BN+ReLU unit: ``activation``, ``relu_backward`` and
+``conv_backward``; with a max pooling behind it ``pooled`` and ``pooled_reduce``.
 
 Activations are ``[N, C, H, W]`` in channels_last memory; vectors and statistics are in the
 accumulation dtype. Products over pixels (gram, tail_wgrad) are taken in the accumulation dtype:
@@ -28,17 +29,21 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import algebra
 from .algebra import FoldBackward, Folded, FoldForward, OperandGrad, accumulation_dtype
 from .operands import (
+    NO_TAP,
     POINTWISE,
     Activation,
     ConvGrad,
     Geometry,
     MaskedGrad,
     Normalised,
+    Pool,
+    PooledGrad,
     StridedInput,
     matrix,
     pixels,
@@ -111,6 +116,31 @@ def unpack_bits(mask: Tensor, channels: int) -> Tensor:
     """The inverse of ``pack_bits``: booleans ``[Q, channels]``."""
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
     return ((mask[:, :, None] >> shifts) & 1).flatten(1)[:, :channels].bool()
+
+
+def _window_starts(pool: Pool, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Rows ``[H', 1]`` and columns ``[W']`` where the windows of an output of that size start."""
+    h, w = (
+        torch.arange(count) * stride - padding
+        for count, stride, padding in zip(size[2:], pool.stride, pool.padding, strict=True)
+    )
+    return h[:, None], w
+
+
+def taps_of(places: Tensor, width: int, pool: Pool) -> Tensor:
+    """Which element of its window, row by row, each place ``row * width + column`` of a pooling's
+    result is, uint8."""
+    top, left = (t.to(places.device) for t in _window_starts(pool, places.shape))
+    row = (places // width - top) // pool.dilation[0]
+    column = (places % width - left) // pool.dilation[1]
+    return (row * pool.kernel[1] + column).to(torch.uint8)
+
+
+def places_of(taps: Tensor, width: int, pool: Pool) -> Tensor:
+    """The inverse of ``taps_of``."""
+    top, left = (t.to(taps.device) for t in _window_starts(pool, taps.shape))
+    row = top + taps.long() // pool.kernel[1] * pool.dilation[0]
+    return row * width + left + taps.long() % pool.kernel[1] * pool.dilation[1]
 
 
 _GRAM_ROWS = 256
@@ -258,8 +288,11 @@ class Stages:
 
     def _conv_grad(self, grad: ConvGrad) -> Tensor:
         """dy as a tensor in the compute dtype."""
-        g = grad.g if isinstance(grad.g, Tensor) else self._masked(grad.g)
-        dy = g.to(grad.scale.dtype)
+        if isinstance(grad.g, PooledGrad):
+            dy = self._unpooled(grad.g, grad.y, grad.scale.dtype)
+        else:
+            g = grad.g if isinstance(grad.g, Tensor) else self._masked(grad.g)
+            dy = g.to(grad.scale.dtype)
         if grad.k0 is not None and grad.k1 is not None:
             centred = grad.y.to(grad.mean.dtype) - _per_channel(grad.mean)
             dy = dy - _per_channel(grad.k0) - centred * _per_channel(grad.k1)
@@ -271,6 +304,14 @@ class Stages:
         n, c, h, w = grad.grad_out.shape
         live = live.view(n, h, w, c).permute(0, 3, 1, 2)
         return torch.where(live, grad.grad_out, 0)
+
+    def _unpooled(self, grad: PooledGrad, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """g as a tensor like y in that dtype."""
+        live = grad.taps != NO_TAP
+        places = torch.where(live, places_of(grad.taps, y.shape[3], grad.pool), 0).flatten(2)
+        values = torch.where(live, grad.grad_out, 0).to(dtype).flatten(2)
+        g = values.new_zeros(*y.shape[:2], y.shape[2] * y.shape[3])
+        return g.scatter_add_(2, places, values).view(y.shape)
 
     def _moments(self, y: Tensor) -> Moments:
         """Two-pass mean and biased variance of the stored values, per channel."""
@@ -346,6 +387,17 @@ class Stages:
         """``relu((y - mean) * scale + beta) - centre`` as a fresh tensor."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
         return self._operand(act).contiguous(memory_format=layout)
+
+    def pooled(self, act: Activation, pool: Pool, channels_last: bool) -> tuple[Tensor, Tensor]:
+        """The largest activation of each window, and which it is: taps of ``PooledGrad``.
+
+        Of equal ones the first; of NaNs the last, as in torch.
+        """
+        value = self._operand(act)
+        out, places = F.max_pool2d(value, *pool, return_indices=True)
+        taps = torch.where(out <= 0, NO_TAP, taps_of(places, value.shape[3], pool))
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return out.contiguous(memory_format=layout), self.channels_last(taps)
 
     def gram(self, operand: Operand) -> tuple[Tensor, Tensor]:
         """F3: mean ``[K]`` and biased covariance ``[K, K]`` of the operand's rows.
@@ -477,6 +529,31 @@ class Stages:
     ) -> tuple[Tensor, GradSums]:
         """The unit's B2: ``g = grad_out * [a > 0]`` and its two sums."""
         return self._through_relu(grad_out, act, invstd)
+
+    def pooled_reduce(self, grad: PooledGrad, y: Tensor, mean: Tensor, invstd: Tensor) -> GradSums:
+        """The unit's B2 below a pooling: ``sum(g)`` and ``sum(g * xhat)``, over the pixels of y."""
+        g = matrix(self.channels_last(self._unpooled(grad, y, mean.dtype)))
+        xhat = (matrix(y).to(mean.dtype) - mean) * invstd
+        return GradSums(g.sum(0), (g * xhat).sum(0))
+
+    def conv_backward(
+        self,
+        grad: ConvGrad,
+        x: Tensor,
+        weight: Tensor,
+        geometry: Geometry,
+        needs: tuple[bool, bool],
+        channels_last: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The unit's B5 and B6: the gradients of x and of the weight, None for what needs leaves
+        out."""
+        grad_x = grad_weight = None
+        if needs[1]:
+            grad_weight = self.conv_wgrad(grad, x, weight, geometry)
+        if needs[0]:
+            term = ConvTerm(grad, weight, geometry)
+            grad_x = self.input_dgrad(term, x, None, None, channels_last)
+        return grad_x, grad_weight
 
     def tail_dgrad(
         self, grad: MaskedGrad, act: Activation, coefficients: OperandGrad, invstd: Tensor

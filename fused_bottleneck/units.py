@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import algebra, collectives
 from .collectives import Part
-from .operands import Activation, ConvGrad, Geometry, MaskedGrad, pixels
+from .operands import Activation, ConvGrad, Geometry, MaskedGrad, PooledGrad, pixels
 from .stages import GradSums, Moments, Stages
 
 
@@ -143,7 +143,7 @@ def conv_grad(
     unit: Unit,
     y: Tensor,
     state: UnitState,
-    g: Tensor | MaskedGrad,
+    g: Tensor | MaskedGrad | PooledGrad,
     sums: GradSums,
     scale: Tensor | None = None,
     group: str | None = None,
