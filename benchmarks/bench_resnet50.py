@@ -30,7 +30,7 @@ from benchmarks.options import DTYPES, Refused
 from benchmarks.peers import first_line
 from benchmarks.processes import Calls, Process, generations, measure_processes
 from benchmarks.shapes import NETWORKS
-from fused_bottleneck import Bottleneck, ConvBNReLU, FusedBottleneck, FusedConvBNReLU
+from fused_bottleneck import Bottleneck, FusedBottleneck, fuse
 
 # Largest relative difference of the first loss, and of how far two updates bring it down, each of
 # which is a sum over all squared gradients. The plain network in channels_last differs from itself
@@ -48,10 +48,11 @@ Step = Callable[[], Tensor]
 
 
 class Variant(NamedTuple):
-    """A network's blocks and stem, its layout, and what becomes of its training step."""
+    """A network's blocks, whether its stem is fused too, its layout, and what becomes of its
+    training step."""
 
     block: type[Bottleneck]
-    stem: type[ConvBNReLU]
+    stem: bool
     layout: str
     wrap: Callable[[TrainingStep], Step]
 
@@ -70,18 +71,18 @@ def _compiled(mode: str) -> Callable[[TrainingStep], Step]:
 
 
 def _plain(layout: str, wrap: Callable[[TrainingStep], Step] = _as_it_is) -> Variant:
-    return Variant(Bottleneck, ConvBNReLU, layout, wrap)
+    return Variant(Bottleneck, False, layout, wrap)
 
 
 def _fused(wrap: Callable[[TrainingStep], Step] = _as_it_is) -> Variant:
-    return Variant(FusedBottleneck, ConvBNReLU, "channels_last", wrap)
+    return Variant(FusedBottleneck, False, "channels_last", wrap)
 
 
 VARIANTS: dict[str, Variant] = {
     BASELINE: _plain("contiguous"),
     "reference channels_last": _plain("channels_last"),
     "fused channels_last": _fused(),
-    "fused, stem too": _fused()._replace(stem=FusedConvBNReLU),
+    "fused, stem too": _fused()._replace(stem=True),
     "compile": _plain("channels_last", _compiled("default")),
     "compile max-autotune": _plain("channels_last", _compiled("max-autotune")),
     "reference graph": _plain("channels_last", GraphedStep),
@@ -139,7 +140,9 @@ def make_step(name: str, args: argparse.Namespace, batch: int) -> tuple[Training
     images = torch.randn(batch, 3, args.size, args.size, generator=generator)
     labels = torch.randint(CLASSES, (batch,), generator=generator)
     dtype = DTYPES[args.dtype]
-    network = ResNet(variant.block, args.network, variant.stem)
+    network = ResNet(variant.block, args.network)
+    if variant.stem:
+        fuse(network, stem=True)
     images, labels = images.to(args.device), labels.to(args.device)
     training = TrainingStep(network, variant.layout, images, labels, dtype)
     return training, variant.wrap(training)

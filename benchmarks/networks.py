@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.cases import MEMORY_FORMATS, new_block
 from benchmarks.shapes import NETWORKS
-from fused_bottleneck import Bottleneck, ConvBNReLU
+from fused_bottleneck import Bottleneck
 from fused_bottleneck.fused_module import FusedModule
 
 CLASSES = 1000
@@ -27,18 +27,18 @@ class ResNet(nn.Module):
     Args:
         block: the class of its blocks.
         name: one of ``NETWORKS``.
-        stem: the class of its first unit.
 
     Shapes: images ``[N, 3, H, W]`` to logits ``[N, 1000]``.
     """
 
-    def __init__(
-        self, block: type[Bottleneck], name: str, stem: type[ConvBNReLU] = ConvBNReLU
-    ) -> None:
+    def __init__(self, block: type[Bottleneck], name: str) -> None:
         super().__init__()
-        self.stem = stem(3, 64, 7, 2, 3, bias=False)
-        self.stem.relu.inplace = True  # as users have it
-        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+            nn.BatchNorm2d(64),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 2, 1),
+        )
         shapes = NETWORKS[name]
         self.blocks = nn.Sequential(
             *(new_block(block, shape, False) for shape in shapes for _ in range(shape.count))
@@ -48,8 +48,7 @@ class ResNet(nn.Module):
             nn.init.constant_(norm.weight, RESIDUAL_SCALE)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.maxpool(self.stem(images))
-        return self.fc(self.blocks(x).mean((2, 3)))
+        return self.fc(self.blocks(self.stem(images)).mean((2, 3)))
 
 
 class TrainingStep:

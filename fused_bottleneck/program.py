@@ -321,7 +321,8 @@ def conv_bn_relu_forward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Forward of ``relu(bn(conv(x)))``, or of the max pooling of it.
 
-    Returns out, ``[y, *state]`` and with a pooling its taps (``PooledGrad``), and the statistics of the batch.
+    Returns out; ``[y, *state]``, and with a pooling its taps (``PooledGrad``); the statistics of
+    the batch.
     """
     _require_agreement(x, [unit], group)
     with stages_for(x, _convolutions([unit]), backend) as stages:
