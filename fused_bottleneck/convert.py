@@ -108,7 +108,8 @@ def fuse(
             which it is false are left.
         strict: raise unless there is something to fuse and nothing had to be declined.
         stem: also fuse convolution, normalisation and ReLU outside the blocks, where a known
-            ResNet starts with them, and in every nn.Sequential.
+            ResNet starts with them, and in every nn.Sequential; on CPU with the nn.MaxPool2d after
+            them, if there is one.
 
     Returns:
         The model.

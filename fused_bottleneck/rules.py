@@ -125,7 +125,7 @@ def unit_pays(kernel: Sequence[int], groups: int) -> bool:
     Training step on CPU, float32, two threads, time of eager over fused: 3x3 with stride 1 0.9 to
     1.3 (1.2 and more from 128 channels on), a 7x7 stem 1.1, strided or dilated 0.9 to 1.2; but 1x1
     0.7 to 1.0, grouped 0.7 to 1.2. The memory kept is much the same, as the next module keeps the
-    ReLU's output where this one does not.
+    ReLU's output where this one does not; less where that is a max pooling, fused too.
     """
     return groups == 1 and max(kernel) > 1
 

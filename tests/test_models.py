@@ -299,8 +299,10 @@ def test_stem_of_a_backbone() -> None:
     plain = getter(small_resnet(), {"relu": "low", "layer2": "high"})
     fused = fb.fuse(copy.deepcopy(plain), stem=True, strict=True)
     assert stems_of(fused) == [fused]
-    for mode in (True, False):
-        want, got = (model.train(mode)(images()) for model in (plain, fused))
+    for asked in ({"relu": "low", "layer2": "high"}, {"maxpool": "low"}, {"layer1": "low"}):
+        plain.return_layers = fused.return_layers = asked
+        assert fused.why_not_fused(images()) is None
+        want, got = (model.train()(images()) for model in (plain, fused))
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     fused.return_layers = {"bn1": "low"}
     assert fused.why_not_fused(images()) == "the output of bn1 is given out"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from op_helpers import LEVELS, as_images, assert_fence, fenced, pack, run_child, unpack
+from test_pool import outputs as pooling_outputs
 from torch import Tensor
 
 from fused_bottleneck import extension
@@ -351,7 +352,7 @@ def all_outputs() -> dict[str, object]:
         for case, dtype, shape in itertools.product(CASES, DTYPES, shapes)
         for name, value in call(case, arguments(case, dtype, shape)).items()
     }
-    return outputs | {"capability": passes.cpu_capability()}
+    return outputs | pooling_outputs() | {"capability": passes.cpu_capability()}
 
 
 @pytest.mark.slow

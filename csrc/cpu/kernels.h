@@ -84,7 +84,8 @@ struct PoolWindow {
   PoolAxis height, width;
 };
 
-// Rows of these three are lines of pixels: of the output in the first two, of the input in the last.
+// Rows of these three are lines of pixels: of the output in the first two, of the input in the
+// last.
 struct BnReluPool {
   int64_t channels;
   PoolWindow window;

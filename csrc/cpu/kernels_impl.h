@@ -254,17 +254,10 @@ namespace fused_bottleneck::cpu::FUSED_BOTTLENECK_ISA {
 // V: the storage of what a product has computed.
 template <class T, class V = T>
 inline constexpr Kernels kernels_of = {
-    channel_moments<T>,
-    merge_moments,
-    bn_apply<T>,
-    residual_relu<T, V>,
-    mask_grad<T>,
-    masked_add<T, V>,
-    bn_backward_reduce<T, V>,
-    bn_backward<T>,
-    bn_relu_pool<T>,
-    pool_bn_backward_reduce<T>,
-    pool_bn_backward<T>,
+    channel_moments<T>,         merge_moments,       bn_apply<T>,
+    residual_relu<T, V>,        mask_grad<T>,        masked_add<T, V>,
+    bn_backward_reduce<T, V>,   bn_backward<T>,      bn_relu_pool<T>,
+    pool_bn_backward_reduce<T>, pool_bn_backward<T>,
 };
 
 // In the order of Dtype.

@@ -21,8 +21,7 @@ bool windows_fit(const PoolAxis& axis) {
   const int64_t last = (axis.out - 1) * axis.stride - axis.padding;
   const int64_t reach = (axis.kernel - 1) * axis.dilation;
   // The first windows start in the padding, where a step of the dilation must not go past the end.
-  return last < axis.in && axis.padding <= reach &&
-         (axis.padding == 0 || axis.dilation <= axis.in);
+  return last < axis.in && axis.padding <= reach && (axis.padding == 0 || axis.dilation <= axis.in);
 }
 
 PoolAxis axis_of(const std::vector<int64_t>& pool, size_t side, int64_t in, int64_t out) {

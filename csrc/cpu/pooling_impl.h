@@ -80,8 +80,7 @@ void bn_relu_pool(const BnReluPool& p, int64_t begin, int64_t end) {
             winner = wins ? Word{} + static_cast<TapWord<A>>(tap) : winner;
           });
           store(lanes, out + row * channels + c, best);
-          write(index + row * channels + c,
-                __builtin_convertvector(winner, Value<uint8_t, count>));
+          write(index + row * channels + c, __builtin_convertvector(winner, Value<uint8_t, count>));
         });
   };
   for (int64_t line = begin; line < end; ++line)
