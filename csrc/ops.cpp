@@ -106,9 +106,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
       "Tensor? mean_d, Tensor? weight_cov, Tensor a, Tensor s, Tensor sum_g, int count) -> "
       "(Tensor grad_weight, Tensor grads, Tensor b, Tensor shift)");
 
-  // --- Fused 1x1 products, channels in multiples of 16, matrices and weights float32
-  // (has_products:
-  // --- on this CPU) or bfloat16 (has_pair_products) but where it says otherwise.
+  // --- Fused 1x1 products, channels in multiples of 16. ---
+  // Matrices and weights are float32 (has_products: on this CPU) or bfloat16 (has_pair_products),
+  // but where it says otherwise.
   // A weight is [K, C] with any strides. Products are summed in float32, those over pixels in a
   // block of rows, in float64 over the blocks; what they return is float32 if not float64. Same
   // bits for one thread count. workspace: uint8, at least

@@ -52,9 +52,9 @@ def own_products(dtype: torch.dtype) -> bool:
     """Whether a block in that dtype on CPU runs on this library's 1x1 products.
 
     In bfloat16 not where the CPU has AMX: oneDNN's convolutions take it, with several times the
-    rate of AVX512-BF16 (by arithmetic, not measured). Time of a step
-    in bfloat16 with oneDNN's products and passes around them over that with these, batch 16, two
-    threads: 1.4 to 1.6 at 56x56, 1.2 to 1.3 down to 14x14, 1.1 to 1.2 at 7x7.
+    rate of AVX512-BF16 (by arithmetic, not measured). Time of a step in bfloat16 with oneDNN's
+    products and passes around them over that with these, batch 16, two threads: 1.4 to 1.6 at
+    56x56, 1.2 to 1.3 down to 14x14, 1.1 to 1.2 at 7x7.
     """
     return extension.has_products(dtype) and not (dtype == torch.bfloat16 and _has_amx())
 

@@ -224,6 +224,13 @@ def output_dtype(
     return (first if isinstance(first, Tensor) else first.y).dtype
 
 
+def _grad_sums(g: Tensor, y: Tensor, mean: Tensor, invstd: Tensor) -> GradSums:
+    """``sum(g)`` and ``sum(g * xhat)`` over the pixels, in mean's dtype."""
+    rows = matrix(g).to(mean.dtype)
+    xhat = (matrix(y).to(mean.dtype) - mean) * invstd
+    return GradSums(rows.sum(0), (rows * xhat).sum(0))
+
+
 class Stages:
     """The plain PyTorch stages. One instance serves one run of a program, as a context manager."""
 
@@ -514,15 +521,11 @@ class Stages:
     ) -> tuple[Tensor, GradSums]:
         """g = grad * [a > 0] rounded to the compute dtype, and its two sums."""
         g = torch.where(self._live(act), grad, 0).to(act.y.dtype)
-        g_acc = matrix(g).to(act.mean.dtype)
-        xhat = (matrix(act.y).to(act.mean.dtype) - act.mean) * invstd
-        return g, GradSums(g_acc.sum(0), (g_acc * xhat).sum(0))
+        return g, _grad_sums(g, act.y, act.mean, invstd)
 
     def masked_reduce(self, grad: MaskedGrad, y: Tensor, mean: Tensor, invstd: Tensor) -> GradSums:
         """B1 of the product way: ``sum(g)`` and ``sum(g * xhat)``, over the pixels of y."""
-        g = matrix(self._masked(grad)).to(mean.dtype)
-        xhat = (matrix(y).to(mean.dtype) - mean) * invstd
-        return GradSums(g.sum(0), (g * xhat).sum(0))
+        return _grad_sums(self._masked(grad), y, mean, invstd)
 
     def relu_backward(
         self, grad_out: Tensor, act: Activation, invstd: Tensor
@@ -532,9 +535,8 @@ class Stages:
 
     def pooled_reduce(self, grad: PooledGrad, y: Tensor, mean: Tensor, invstd: Tensor) -> GradSums:
         """The unit's B2 below a pooling: ``sum(g)`` and ``sum(g * xhat)``, over the pixels of y."""
-        g = matrix(self.channels_last(self._unpooled(grad, y, mean.dtype)))
-        xhat = (matrix(y).to(mean.dtype) - mean) * invstd
-        return GradSums(g.sum(0), (g * xhat).sum(0))
+        g = self.channels_last(self._unpooled(grad, y, mean.dtype))
+        return _grad_sums(g, y, mean, invstd)
 
     def conv_backward(
         self,

@@ -114,14 +114,4 @@ FB_INLINE void pack_panel(const PackWeight& p, const BFloat16* source, int64_t w
   }
 }
 
-void pack_weight(const PackWeight& p, int64_t begin, int64_t end) {
-  const Element* source = static_cast<const Element*>(p.source);
-  for_each_panel(end - begin, [&](auto vectors, int64_t from) {
-    constexpr int width = vectors * kVector;
-    const int64_t c = begin + from;
-    pack_panel(p, source + c * p.channel_stride, width,
-               p.panels + (c * p.total_depth + p.depth_begin * width) / kPerWord);
-  });
-}
-
 }  // namespace fused_bottleneck::cpu::FUSED_BOTTLENECK_ISA

@@ -45,6 +45,16 @@ FB_INLINE void step(Tile<Rows, Vectors>& tile, const float* left, int64_t left_s
   }
 }
 
+void pack_weight(const PackWeight& p, int64_t begin, int64_t end) {
+  const Element* source = static_cast<const Element*>(p.source);
+  for_each_panel(end - begin, [&](auto vectors, int64_t from) {
+    constexpr int width = vectors * kVector;
+    const int64_t c = begin + from;
+    pack_panel(p, source + c * p.channel_stride, width,
+               p.panels + (c * p.total_depth + p.depth_begin * width) / kPerWord);
+  });
+}
+
 // Walks over the memory of a call's aheads, in as many equal steps as the call has.
 class Prefetcher {
  public:
