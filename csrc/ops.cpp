@@ -224,6 +224,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
 
   // Asks for huge pages for t's memory before its first touch; a hint, never an error.
   m.def("advise_huge_pages_(Tensor(a!) t) -> ()");
+  // Gives t's memory back to the system, but for the ends of it; what it held is lost. Also a hint.
+  m.def("discard_pages_(Tensor(a!) t) -> ()");
 
   // The instruction set in use: default, avx2, avx512 or avx512_bf16.
   m.def("cpu_capability() -> str");

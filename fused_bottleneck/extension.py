@@ -204,6 +204,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "winograd_conv_": _fake_nothing,
     "winograd_weight_grad": _fake_winograd_weight_grad,
     "advise_huge_pages_": _fake_nothing,
+    "discard_pages_": _fake_nothing,
 }
 
 

@@ -8,7 +8,8 @@ A fresh large tensor costs its page faults, on CPU as much as the convolution th
 * Results (``result_empty``): a tensor that the user gets, in the storage of an earlier one that
   nobody holds any more.
 
-Both are bounded in size.
+Both are bounded in size, and the results besides by the most bytes of them that were ever in use at
+one time: where new memory has to be taken, as much of what is unused is given back first.
 """
 
 import math
@@ -16,6 +17,7 @@ import os
 import threading
 from collections.abc import Sequence
 from functools import cache
+from itertools import count
 from types import TracebackType
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 LIMIT_BYTES = 512 * 2**20
+RESULT_LIMIT_BYTES = 2 * 2**30
 _GRANULE = 2 * 2**20  # a huge page
 
 # Re-entrant: the garbage collector or a signal handler may run a model, or release, within it.
@@ -31,20 +34,25 @@ _free: list[Tensor] = []
 
 
 class _Result(NamedTuple):
-    """Memory that was handed out and may be in use: its bytes, which keep it alive, and the address
-    by which torch counts its holders. Never a storage object, which users would share."""
+    """Memory that was handed out and may be in use: its bytes, which keep it alive, and when it was
+    handed out last, counted in results. Never a storage object, which users would share."""
 
     holder: Tensor
-    address: int
+    last: int
 
 
-_results: list[_Result] = []
+# By the address by which torch counts a storage's holders, in the order of `last`. Whoever wants an
+# entry takes it out first: what the garbage collector runs meanwhile may ask for memory too.
+_results: dict[int, _Result] = {}
+_handed_out = count()
+# Five steps of a ResNet-152 (206 results each), fifteen of a ResNet-50.
+_STALE_AFTER = 1024
 
 
 def release() -> None:
     """Give all memory that is kept for reuse and not in use back to the allocator."""
     with _lock:
-        kept = [*_free, *_results]
+        kept = [*_free, *_results.values()]
         _free.clear()
         _results.clear()
     del kept  # not under the lock: what ends with it is not ours to know
@@ -121,14 +129,12 @@ _address = getattr(torch._C, "_storage_address", None)
 _lay_over = torch.ops.aten.set_.source_Tensor_storage_offset
 
 
-def _result(tensor: Tensor) -> _Result:
-    """The memory of a tensor that fills its storage."""
-    assert _address is not None
+def _holder(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor that fills its storage."""
     with torch.inference_mode(False):
         size = (tensor.numel(),)
         flat = tensor.as_strided(size, (1,)).view(torch.uint8)
-        holder = _lay_over(torch.empty(0, dtype=torch.uint8), flat, 0, flat.shape, (1,))
-        return _Result(holder, _address(tensor))
+        return _lay_over(torch.empty(0, dtype=torch.uint8), flat, 0, flat.shape, (1,))
 
 
 @cache
@@ -137,12 +143,19 @@ def _counts_holders() -> bool:
     if _use_count is None or _address is None:
         return False
     tensor = torch.empty(1)
-    result = _result(tensor)
-    held = _use_count(result.address) == 2
+    address = _address(tensor)
+    holder = _holder(tensor)
+    held = _use_count(address) == 2
     del tensor
-    free = _use_count(result.address) == 1
-    _lay_over(torch.empty(0, dtype=torch.uint8), result.holder, 0, (1,), (1,)).untyped_storage()
-    return held and free and _use_count(result.address) > 1
+    free = _use_count(address) == 1
+    _lay_over(torch.empty(0, dtype=torch.uint8), holder, 0, (1,), (1,)).untyped_storage()
+    return held and free and _use_count(address) > 1
+
+
+def _take_if_unused(address: int) -> bool:
+    """Take a result out, under the lock, if nobody holds it. Between the two nothing can run."""
+    assert _use_count is not None
+    return _use_count(address) == 1 and _results.pop(address, None) is not None
 
 
 def _reuse(tensor: Tensor, size: int, shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -150,24 +163,47 @@ def _reuse(tensor: Tensor, size: int, shape: Sequence[int], strides: Sequence[in
 
     Of just that size: what saves or copies a storage must find nothing of another tensor in it.
     """
-    assert _use_count is not None
     with _lock:
-        for result in _results:
-            if result.holder.numel() == size and _use_count(result.address) == 1:
-                _lay_over(tensor, result.holder.view(tensor.dtype), 0, shape, strides)
+        for address, (holder, _) in list(_results.items()):
+            if holder.numel() == size and _take_if_unused(address):
+                _lay_over(tensor, holder.view(tensor.dtype), 0, shape, strides)
+                _results[address] = _Result(holder, next(_handed_out))
                 return True
     return False
 
 
-def _remember(tensor: Tensor) -> None:
-    """Keep a result's memory for reuse; the oldest go where the limit asks for it."""
-    result = _result(tensor)
-    if result.holder.numel() > LIMIT_BYTES:
-        return
+def _make_room(size: int) -> None:
+    """Give back as many bytes of unused results as are about to be taken anew, and forget what was
+    not handed out in a while.
+
+    Those first that were handed out last: training asks for the same sizes in the same order at
+    each step, so that their turn comes last.
+    """
+    leaving: list[Tensor] = []
     with _lock:
-        _results.append(result)
-        while sum(kept.holder.numel() for kept in _results) > LIMIT_BYTES:
-            del _results[:1]
+        oldest = next(_handed_out) - _STALE_AFTER
+        for address, (holder, last) in reversed(list(_results.items())):
+            enough = sum(map(Tensor.numel, leaving)) >= size
+            if (last < oldest or not enough) and _take_if_unused(address):
+                leaving.append(holder)
+            elif last < oldest:
+                _results.pop(address, None)
+    for holder in leaving:  # not under the lock: what ends with it is not ours to know
+        torch.ops.fused_bottleneck.discard_pages_(holder)
+
+
+def _remember(tensor: Tensor) -> None:
+    """Keep a result's memory for reuse if the limit allows it.
+
+    Were the new one kept in place of the oldest, a step with more than the limit would find none of
+    its own again, as each had gone before its turn came.
+    """
+    assert _address is not None
+    holder = _holder(tensor)
+    with _lock:
+        kept = sum(result.holder.numel() for result in _results.values())
+        if kept + holder.numel() <= RESULT_LIMIT_BYTES:
+            _results[_address(tensor)] = _Result(holder, next(_handed_out))
 
 
 def result_empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
@@ -180,6 +216,7 @@ def result_empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool =
     strides = (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
     if _reuse(like, size, shape, strides):
         return like.fill_(math.nan) if _poisoned() else like
+    _make_room(size)
     fresh = large_empty(shape, dtype, channels_last)
     _remember(fresh)
     return fresh

@@ -6,6 +6,8 @@ few roundings. Sums may differ by their order: at most by the roundings of their
 """
 
 import itertools
+import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -392,8 +394,9 @@ def test_opcheck_transpose() -> None:
     torch.library.opcheck(passes.transpose_.default, (torch.ones(2, 3, 4), torch.ones(2, 4, 3)))
 
 
-def test_opcheck_advise_huge_pages() -> None:
-    torch.library.opcheck(passes.advise_huge_pages_.default, (torch.ones(3),))
+@pytest.mark.parametrize("op", ["advise_huge_pages_", "discard_pages_"])
+def test_opcheck_pages(op: str) -> None:
+    torch.library.opcheck(getattr(passes, op).default, (torch.ones(3),))
 
 
 def test_passes_compile() -> None:
@@ -505,6 +508,31 @@ def test_advise_huge_pages_changes_nothing(shape: tuple[int, ...]) -> None:
         before = view.clone()
         assert passes.advise_huge_pages_(view) is None
         assert torch.equal(view, before)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone is asked to")
+def test_discard_pages_gives_memory_back() -> None:
+    """All but the ends, whatever view is passed; what lies beside it keeps its content."""
+    size = 64 * 2**20
+    neighbours = [torch.full((2**18,), 5.0) for _ in range(2)]
+    t = torch.ones(size // 4)
+    before = resident_bytes()
+    passes.discard_pages_(t[7:9])
+    assert size - 5 * 2**20 < before - resident_bytes() < size + 2**20
+    assert t[2**22].item() == 0
+    t.fill_(3)
+    assert (t == 3).all()
+    assert all((other == 5).all() for other in neighbours)
+
+
+def test_discard_pages_leaves_small_memory() -> None:
+    t = torch.ones(2**18)
+    passes.discard_pages_(t)
+    assert (t == 1).all()
 
 
 ERRORS: list[tuple[str, str, Change, str]] = [

@@ -216,7 +216,7 @@ def address(t: Tensor) -> int:
 
 
 def kept_bytes() -> int:
-    return sum(kept.holder.numel() for kept in scratch._results)
+    return sum(kept.holder.numel() for kept in scratch._results.values())
 
 
 def test_memory_of_a_dead_result_is_reused() -> None:
@@ -369,21 +369,68 @@ def test_odd_sizes_and_dtypes() -> None:
     assert t.dtype == torch.float64
 
 
+MEBIBYTE = 2**20
+WIDE = (3, 64, 64, 64)  # 3 MiB
+
+
 def test_kept_results_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    mebibyte = 2**20
-    monkeypatch.setattr(scratch, "LIMIT_BYTES", 8 * mebibyte)
+    """The first ones stay: a step asks for them again before the others."""
+    monkeypatch.setattr(scratch, "RESULT_LIMIT_BYTES", 8 * MEBIBYTE)
     held = [result(i) for i in range(7)]
-    assert kept_bytes() == 8 * mebibyte
+    assert kept_bytes() == 8 * MEBIBYTE
     assert [t[0, 0, 0, 0].item() for t in held] == list(range(7))
+    pointers = [address(t) for t in held[:4]]
     del held
-    large = [result(shape=(3, 64, 64, 64)) for _ in range(2)]  # in place of unused ones
-    assert kept_bytes() <= 8 * mebibyte
-    pointers = {address(t) for t in large}
-    del large
-    assert address(result(shape=(3, 64, 64, 64))) in pointers
-    kept = kept_bytes()
-    result(shape=(10, 64, 64, 64))  # alone above the limit: not kept, and nothing goes for it
-    assert kept_bytes() == kept
+    assert [address(t) for t in [result() for _ in range(4)]] == pointers
+    result(shape=(10, 64, 64, 64))  # alone above the limit: not kept
+    assert kept_bytes() <= 8 * MEBIBYTE
+
+
+def test_new_memory_takes_the_place_of_unused() -> None:
+    """Of what was handed out last, as much as is needed; never of what is held."""
+    held = result(5)
+    pointers = [address(t) for t in [result() for _ in range(3)]]
+    assert kept_bytes() == 8 * MEBIBYTE
+    wide = result(7, WIDE)  # in place of two
+    assert kept_bytes() == (4 + 3) * MEBIBYTE
+    assert address(result()) == pointers[0]
+    others = [result(7, WIDE), result(7, WIDE)]  # the last unused one goes
+    assert kept_bytes() == (2 + 9) * MEBIBYTE
+    assert (held == 5).all()
+    del wide, others
+
+
+def test_results_never_take_more_than_was_in_use_at_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    held: list[Tensor] = []
+    most = 0
+    for _ in range(200):
+        size = int(torch.randint(2, 9, (), generator=generator))
+        if len(held) > 5 or (held and size % 2):
+            del held[size % len(held)]
+        else:
+            held.append(result(size, (size, 64, 64, 64)))
+        in_use = sum(t.numel() * 4 for t in held)
+        most = max(most, in_use)
+        assert in_use <= kept_bytes() <= most
+        assert all((t == t.shape[0]).all() for t in held)
+
+
+def test_stale_results_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has not been handed out in a while, be it unused or still in use."""
+    monkeypatch.setattr(scratch, "_STALE_AFTER", 8)
+    held = result(3)
+    result()
+    assert kept_bytes() == 4 * MEBIBYTE
+    others = [result(9, WIDE) for _ in range(2)]
+    assert kept_bytes() == (2 + 6) * MEBIBYTE  # one unused has made room, no more
+    result()
+    for _ in range(8):
+        result()  # in the same memory
+    others.append(result(9, WIDE))
+    assert kept_bytes() == 3 * MEBIBYTE
+    assert (held == 3).all()
+    assert all((t == 9).all() for t in others)
 
 
 def test_a_lease_above_the_limit_leaves_the_pool_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,14 +84,15 @@ ForwardScratch::ForwardScratch(const BlockSizes& s, int64_t chunk) {
 }
 
 BackwardScratch::BackwardScratch(const BlockSizes& s) {
+  for (size_t unit = 0; unit < s.images.size(); ++unit)
+    products[unit] = layout.take(s.out_rows() * (unit == 0 ? s.width : s.in_channels));
+  Scratch later = layout;
   operand = layout.take(s.out_rows() * s.width);
   strided = layout.take(s.out_rows() * s.in_channels, s.writes_strided());
-  for (size_t unit = 0; unit < s.images.size(); ++unit) {
-    const int64_t channels = unit == 0 ? s.width : s.in_channels;
+  for (size_t unit = 0; unit < s.images.size(); ++unit)
     wide[unit] = layout.take(s.out_rows() * s.out_channels, !s.is_gram(unit));
-    products[unit] = layout.take(s.out_rows() * channels);
-  }
-  grad = layout.take(s.in_rows() * s.width);
+  grad = later.take(s.in_rows() * s.width);
+  layout.bytes = std::max(layout.bytes, later.bytes);
   workspace = layout.take(s.workspace_bytes(0) / static_cast<int64_t>(sizeof(float)));
 }
 

@@ -166,7 +166,8 @@ struct ForwardScratch {
 };
 
 // That of backward. Of each tail unit `wide` is its output (product way) and `product` g a, which
-// becomes the gradient of its operand; `grad` is that of conv2's input.
+// becomes the gradient of its operand; `grad`, that of conv2's input, begins where the operands and
+// outputs were, which nothing reads any more.
 struct BackwardScratch {
   explicit BackwardScratch(const BlockSizes& s);
 

@@ -118,9 +118,8 @@ class Backward {
     }
   }
 
-  // The downsample's part, into `value` on its way to grad_x; product is g a of the gram way.
-  void add_downsample(const Tensor& weight, const Pixels& operand, const Pixels& product,
-                      const Tensor& grad_x) {
+  // The gradient of the downsample's operand, in place of the gram way's g a.
+  void downsample_operand(const Tensor& weight, const Pixels& operand, const Pixels& product) {
     const OperandGrad& from = operands_[1];
     const Tensor value = product.matrix();
     if (from.dy.has_value()) {
@@ -128,7 +127,6 @@ class Backward {
     } else {
       product_add_(operand.matrix(), *from.b, value, from.shift, value, workspace_);
     }
-    add_strided(product, sizes_.downsample_stride, Pixels(grad_x));
   }
 
   const BackwardScratch at;
@@ -221,13 +219,14 @@ std::vector<Tensor> block_backward_(
   }
   const Pixels dy2 = products[0];
   backward.conv3_operand(weights[2], operand, products[0], y2, norm2, dy2);
+  if (grad_x.has_value() && block.has_downsample())
+    backward.downsample_operand(weights[3], operands[1], products[1]);
   const Pixels dy1 = block.before(at(backward.at.grad), block.width);
   backward.conv2(weights[1], dy2, y1, norm1, dy1, needs_weight[1]);
   backward.conv1(dy1, x, needs_weight[0]);
   if (grad_x.has_value()) {
     backward.input(weights[0], dy1, identity, *grad_x);
-    if (block.has_downsample())
-      backward.add_downsample(weights[3], operands[1], products[1], *grad_x);
+    if (block.has_downsample()) add_strided(products[1], block.downsample_stride, Pixels(*grad_x));
   }
   std::vector<Tensor> results;
   for (const UnitGrads& unit : backward.grads) {

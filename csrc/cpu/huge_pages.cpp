@@ -1,4 +1,5 @@
 // advise_huge_pages_: a fresh 50 MB tensor costs more in page faults than the pass that fills it.
+// discard_pages_: memory goes back to the system, wherever in the allocator's heap it lies.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
@@ -17,9 +18,9 @@ constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
 constexpr int64_t kMinBytes = int64_t{4} << 20;
 
 // Advises the whole huge pages inside the storage of t. The kernel may refuse (transparent huge
-// pages off, foreign memory); that costs speed only, so the result is not looked at.
-void advise_huge_pages_(const Tensor& t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
+// pages off, foreign memory); that costs speed or memory only, so the result is not looked at.
+void advise(const Tensor& t, int advice) {
+#if defined(__linux__)
   int64_t bytes = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
   if (bytes < kMinBytes) return;
@@ -27,7 +28,20 @@ void advise_huge_pages_(const Tensor& t) {
   const uintptr_t storage = data - t.storage_offset() * t.element_size();
   const uintptr_t begin = (storage + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t end = (storage + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
+#endif
+}
+
+void advise_huge_pages_(const Tensor& t) {
+#if defined(MADV_HUGEPAGE)
+  advise(t, MADV_HUGEPAGE);
+#endif
+}
+
+// What the storage held is lost: anonymous memory reads as zero then.
+void discard_pages_(const Tensor& t) {
+#if defined(MADV_DONTNEED)
+  advise(t, MADV_DONTNEED);
 #endif
 }
 
@@ -35,6 +49,7 @@ void advise_huge_pages_(const Tensor& t) {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_bottleneck, CPU, m) {
   m.impl("advise_huge_pages_", TORCH_BOX(&advise_huge_pages_));
+  m.impl("discard_pages_", TORCH_BOX(&discard_pages_));
 }
 
 }  // namespace fused_bottleneck::cpu
