@@ -9,7 +9,8 @@ A fresh large tensor costs its page faults, on CPU as much as the convolution th
   nobody holds any more.
 
 Both are bounded in size, and the results besides by the most bytes of them that were ever in use at
-one time: where new memory has to be taken, as much of what is unused is given back first.
+one time: where new memory has to be taken, as much of what is unused is given back first. A result
+whose storage was asked for as a Python object seems in use until it is forgotten by its age.
 """
 
 import math
@@ -34,19 +35,23 @@ _free: list[Tensor] = []
 
 
 class _Result(NamedTuple):
-    """Memory that was handed out and may be in use: its bytes, which keep it alive, and when it was
-    handed out last, counted in results. Never a storage object, which users would share."""
+    """Memory that was handed out and may be in use: its bytes, which keep it alive, where they
+    were, and when it was handed out last, counted in results. Never a storage object, which users
+    would share."""
 
     holder: Tensor
+    data: int
     last: int
 
 
-# By the address by which torch counts a storage's holders, in the order of `last`. Whoever wants an
-# entry takes it out first: what the garbage collector runs meanwhile may ask for memory too.
+# By the address by which torch counts a storage's holders, in the order of `last`. Whatever the
+# garbage collector or a signal runs in between may ask for memory, or release it.
 _results: dict[int, _Result] = {}
 _handed_out = count()
-# Five steps of a ResNet-152 (206 results each), fifteen of a ResNet-50.
-_STALE_AFTER = 1024
+# A step of a ResNet-152 hands out 206 results, one of a ResNet-50 70. What is in use for longer
+# than a step is the user's to keep.
+_STALE_IN_USE = 256
+_STALE_UNUSED = 1024
 
 
 def release() -> None:
@@ -152,27 +157,48 @@ def _counts_holders() -> bool:
     return held and free and _use_count(address) > 1
 
 
-def _take_if_unused(address: int) -> bool:
-    """Take a result out, under the lock, if nobody holds it. Between the two nothing can run."""
+def _is_unused(address: int) -> bool:
     assert _use_count is not None
-    return _use_count(address) == 1 and _results.pop(address, None) is not None
+    return _use_count(address) == 1
 
 
-def _reuse(tensor: Tensor, size: int, shape: Sequence[int], strides: Sequence[int]) -> bool:
+def _take_if_unused(address: int) -> _Result | None:
+    """Take a result out, under the lock, if nobody holds it: who takes it out has it alone."""
+    if not _is_unused(address):
+        return None
+    result = _results.pop(address, None)
+    if result is not None and not _is_unused(address):  # handed out meanwhile
+        _results[address] = result
+        return None
+    return result
+
+
+def _entries() -> list[tuple[int, _Result]]:
+    """All results that there are, whatever changes while they are looked at."""
+    found = [(address, _results.get(address)) for address in list(_results)]
+    return [(address, result) for address, result in found if result is not None]
+
+
+def _reuse(
+    tensor: Tensor, size: int, shape: Sequence[int], strides: Sequence[int], now: int
+) -> bool:
     """Lay the empty tensor over unused memory of that size; False if there is none.
 
     Of just that size: what saves or copies a storage must find nothing of another tensor in it.
     """
     with _lock:
-        for address, (holder, _) in list(_results.items()):
-            if holder.numel() == size and _take_if_unused(address):
-                _lay_over(tensor, holder.view(tensor.dtype), 0, shape, strides)
-                _results[address] = _Result(holder, next(_handed_out))
-                return True
+        for address, (holder, data, _) in _entries():
+            if holder.numel() != size or _take_if_unused(address) is None:
+                continue
+            if holder.data_ptr() != data:  # resized
+                continue
+            _lay_over(tensor, holder.view(tensor.dtype), 0, shape, strides)
+            _results[address] = _Result(holder, data, now)
+            return True
     return False
 
 
-def _make_room(size: int) -> None:
+def _make_room(size: int, now: int) -> None:
     """Give back as many bytes of unused results as are about to be taken anew, and forget what was
     not handed out in a while.
 
@@ -181,18 +207,17 @@ def _make_room(size: int) -> None:
     """
     leaving: list[Tensor] = []
     with _lock:
-        oldest = next(_handed_out) - _STALE_AFTER
-        for address, (holder, last) in reversed(list(_results.items())):
+        for address, (holder, _, last) in reversed(_entries()):
             enough = sum(map(Tensor.numel, leaving)) >= size
-            if (last < oldest or not enough) and _take_if_unused(address):
+            if (now - last > _STALE_UNUSED or not enough) and _take_if_unused(address):
                 leaving.append(holder)
-            elif last < oldest:
+            elif now - last > _STALE_IN_USE and not _is_unused(address):
                 _results.pop(address, None)
     for holder in leaving:  # not under the lock: what ends with it is not ours to know
         torch.ops.fused_bottleneck.discard_pages_(holder)
 
 
-def _remember(tensor: Tensor) -> None:
+def _remember(tensor: Tensor, now: int) -> None:
     """Keep a result's memory for reuse if the limit allows it.
 
     Were the new one kept in place of the oldest, a step with more than the limit would find none of
@@ -201,9 +226,9 @@ def _remember(tensor: Tensor) -> None:
     assert _address is not None
     holder = _holder(tensor)
     with _lock:
-        kept = sum(result.holder.numel() for result in _results.values())
+        kept = sum(result.holder.numel() for _, result in _entries())
         if kept + holder.numel() <= RESULT_LIMIT_BYTES:
-            _results[_address(tensor)] = _Result(holder, next(_handed_out))
+            _results[_address(tensor)] = _Result(holder, holder.data_ptr(), now)
 
 
 def result_empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
@@ -214,11 +239,12 @@ def result_empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool =
         return large_empty(shape, dtype, channels_last)
     _, c, h, w = shape
     strides = (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
-    if _reuse(like, size, shape, strides):
+    now = next(_handed_out)
+    if _reuse(like, size, shape, strides, now):
         return like.fill_(math.nan) if _poisoned() else like
-    _make_room(size)
+    _make_room(size, now)
     fresh = large_empty(shape, dtype, channels_last)
-    _remember(fresh)
+    _remember(fresh, now)
     return fresh
 
 

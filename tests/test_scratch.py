@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -204,6 +205,8 @@ def test_backward_inside_backward() -> None:
 
 # Results of 2 MiB: above the size from which memory is reused.
 RESULT = (2, 64, 64, 64)
+# 10 MiB: above that from which pages go back to the system.
+LARGE = (10, 64, 64, 64)
 
 
 def result(value: float = 0.0, shape: tuple[int, ...] = RESULT) -> Tensor:
@@ -256,14 +259,17 @@ HOLDERS: dict[str, Hold] = {
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("shape", [RESULT, LARGE], ids=["reused", "discarded"])
 @pytest.mark.parametrize("holder", HOLDERS)
-def test_memory_that_is_held_is_not_reused(holder: str) -> None:
+def test_memory_that_is_held_stays(holder: str, shape: tuple[int, ...]) -> None:
+    """It is neither handed out again nor given back to the system where there is no other."""
     hold, read = HOLDERS[holder]
+    larger = (shape[0] + 1, *shape[1:])
     for _ in range(2):  # the second time in reused memory
-        t = result(3)
+        t = result(3, shape)
         held = hold(t)
         del t
-        others = [result(9) for _ in range(3)]
+        others = [result(9, size) for size in (shape, larger, shape, larger)]
         unchanged = bool((read(held) == 3).all())
         assert unchanged
         del held, others
@@ -276,13 +282,26 @@ def test_memory_shared_with_other_processes_is_not_reused() -> None:
     assert not any(shared)
 
 
-@pytest.mark.parametrize("size", [0, 2**20, 3 * 2**20])
-def test_memory_that_was_resized(size: int) -> None:
+def resize_storage(t: Tensor, size: int) -> None:
     """As libraries do that free a parameter's or an activation's memory."""
-    t = result()
     t.untyped_storage().resize_(size)
+
+
+def resize_tensor(t: Tensor, size: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        t.resize_(size // 4)
+
+
+@pytest.mark.parametrize("resize", [resize_storage, resize_tensor])
+@pytest.mark.parametrize("size", [0, 2**20, 3 * 2**20])
+def test_memory_that_was_resized(resize: Callable[[Tensor, int], None], size: int) -> None:
+    t = result()
+    resize(t, size)
     del t
-    assert result(1).sum() == 2**19
+    t = result(1)
+    assert t.sum() == 2**19
+    assert t.untyped_storage().nbytes() == 2**21
 
 
 def test_result_is_an_ordinary_tensor() -> None:
@@ -416,19 +435,47 @@ def test_results_never_take_more_than_was_in_use_at_once() -> None:
         assert all((t == t.shape[0]).all() for t in held)
 
 
+def test_pages_of_what_leaves_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the system, not only to the allocator, and not under the lock."""
+    seen: list[int] = []
+    waited: list[bool] = []
+
+    def take_lock() -> None:
+        free = scratch._lock.acquire(timeout=60)
+        waited.append(not free)
+        if free:
+            scratch._lock.release()
+
+    def discard(t: Tensor) -> None:
+        seen.append(t.data_ptr())
+        other = threading.Thread(target=take_lock)
+        other.start()
+        other.join()
+
+    pointers = {address(t) for t in [result() for _ in range(3)]}
+    monkeypatch.setattr(torch.ops.fused_bottleneck, "discard_pages_", discard)
+    result(shape=LARGE)
+    assert set(seen) == pointers
+    assert not any(waited)
+
+
 def test_stale_results_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has not been handed out in a while, be it unused or still in use."""
-    monkeypatch.setattr(scratch, "_STALE_AFTER", 8)
+    """What has not been handed out in a while, and sooner what is still in use."""
+    monkeypatch.setattr(scratch, "_STALE_UNUSED", 12)
+    monkeypatch.setattr(scratch, "_STALE_IN_USE", 6)
     held = result(3)
-    result()
-    assert kept_bytes() == 4 * MEBIBYTE
-    others = [result(9, WIDE) for _ in range(2)]
-    assert kept_bytes() == (2 + 6) * MEBIBYTE  # one unused has made room, no more
-    result()
-    for _ in range(8):
-        result()  # in the same memory
-    others.append(result(9, WIDE))
-    assert kept_bytes() == 3 * MEBIBYTE
+    kept = [address(t) for t in [result() for _ in range(3)]]
+    for _ in range(5):
+        result()  # in the memory of the first of them
+    assert kept_bytes() == 8 * MEBIBYTE
+    others = [result(9, WIDE)]  # in place of two
+    assert kept_bytes() == (2 + 3) * MEBIBYTE
+    assert address(result()) in kept
+    for _ in range(12):
+        held_for_one = result(5, WIDE)
+        del held_for_one
+    others.append(result(9, LARGE))
+    assert kept_bytes() == 10 * MEBIBYTE
     assert (held == 3).all()
     assert all((t == 9).all() for t in others)
 
@@ -454,12 +501,55 @@ def test_torch_that_does_not_tell_holders(monkeypatch: pytest.MonkeyPatch) -> No
     assert kept_bytes() == 0
 
 
-def test_releasing_within_the_lock() -> None:
-    """As a finaliser does that the garbage collector runs there."""
-    result()
-    with scratch._lock:
-        scratch.release()
-    assert kept_bytes() == 0
+def interrupt(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object], calls: int) -> None:
+    """Run that where the pool has asked for the holders of a result for the so manieth time, as a
+    signal's handler or the garbage collector may."""
+    count = scratch._use_count
+    left = [calls]
+
+    def use_count(address: int) -> int:
+        counted = count(address)
+        left[0] -= 1
+        if left[0] == 0:
+            run()
+        return counted
+
+    monkeypatch.setattr(scratch, "_use_count", use_count)
+
+
+# Before and after a result is taken out for reuse; of those that are to be discarded.
+LARGER = (12, 64, 64, 64)
+MOMENTS = [(LARGE, 1), (LARGE, 2), (LARGER, 1), (LARGER, 2), (LARGER, 3)]
+
+
+@pytest.mark.parametrize(("shape", "calls"), MOMENTS)
+def test_another_result_meanwhile(
+    shape: tuple[int, ...], calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the memory that was about to be taken."""
+    for _ in range(3):
+        held = [result(shape=LARGE) for _ in range(3)]
+        del held
+    inner: list[Tensor] = []
+    interrupt(monkeypatch, lambda: inner.append(result(5, LARGE)), calls)
+    outer = result(9, shape)
+    assert len(inner) == 1
+    assert (inner[0] == 5).all()
+    assert (outer == 9).all()
+
+
+@pytest.mark.parametrize(("shape", "calls"), MOMENTS)
+def test_releasing_meanwhile(
+    shape: tuple[int, ...], calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [result(5, LARGE) for _ in range(3)]
+    del others[1:]
+    interrupt(monkeypatch, scratch.release, calls)
+    outer = result(9, shape)
+    again = result(7, shape)
+    assert (outer == 9).all()
+    assert (again == 7).all()
+    assert (others[0] == 5).all()
 
 
 def test_forked_child_does_not_wait_for_a_thread_of_its_parent() -> None:

@@ -19,13 +19,13 @@ constexpr int64_t kMinBytes = int64_t{4} << 20;
 
 // Advises the whole huge pages inside the storage of t. The kernel may refuse (transparent huge
 // pages off, foreign memory); that costs speed or memory only, so the result is not looked at.
-void advise(const Tensor& t, int advice) {
+void advise(const Tensor& t, const void* data, int advice) {
 #if defined(__linux__)
   int64_t bytes = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
   if (bytes < kMinBytes) return;
-  const auto data = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  const uintptr_t storage = data - t.storage_offset() * t.element_size();
+  const uintptr_t storage =
+      reinterpret_cast<uintptr_t>(data) - t.storage_offset() * t.element_size();
   const uintptr_t begin = (storage + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t end = (storage + bytes) / kHugePage * kHugePage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
@@ -34,14 +34,15 @@ void advise(const Tensor& t, int advice) {
 
 void advise_huge_pages_(const Tensor& t) {
 #if defined(MADV_HUGEPAGE)
-  advise(t, MADV_HUGEPAGE);
+  advise(t, t.const_data_ptr(), MADV_HUGEPAGE);
 #endif
 }
 
-// What the storage held is lost: anonymous memory reads as zero then.
+// What the storage held is lost: anonymous memory reads as zero then. Its data pointer is taken as
+// by one who writes, which parts it from a lazy clone's.
 void discard_pages_(const Tensor& t) {
 #if defined(MADV_DONTNEED)
-  advise(t, MADV_DONTNEED);
+  advise(t, t.mutable_data_ptr(), MADV_DONTNEED);
 #endif
 }
 
