@@ -55,10 +55,10 @@ def text(run: Run) -> str:
     caption = (
         f"{settings['dtype']}, batch {settings['batch']}; {origin(run)}. Median (20 %-80 % "
         f"quantiles) of {settings['rounds']} steps. GB/s and TFLOP/s count what a stage must move "
-        "and compute. Floor: the longer of its bytes at the rate of a copy "
-        f"({rate(peaks.copy_bandwidth, 'B/s')}) and its operations at that of the fastest product "
-        f"({rate(peaks.operation_rate, 'FLOP/s')}), measured in the same run; above 100 % its "
-        "operands came from a cache, or Winograd's filtering took fewer operations."
+        "and compute: operations with pixels, not with padding. Floor: the longer of its bytes at "
+        f"the rate of a copy ({rate(peaks.copy_bandwidth, 'B/s')}) and its operations at that of "
+        f"the fastest product ({rate(peaks.operation_rate, 'FLOP/s')}), measured in the same run; "
+        "above 100 % its operands came from a cache, or Winograd's filtering took fewer operations."
     )
     return f"{caption}\n\n{markdown(header, rows)}"
 

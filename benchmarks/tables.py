@@ -79,8 +79,8 @@ def caption(run: Run) -> str:
         "Speed-up: reference over fused, in the named layout; over a peer: the peer's time over "
         "that of fused channels_last. Floor: the ten fused stages, each at the measured rate of a "
         f"copy ({rate(peaks['copy_bandwidth'], 'B/s')}) or of the fastest product "
-        f"({rate(operations, 'FLOP/s')}), whichever takes longer, as a share of the fused "
-        "channels_last time."
+        f"({rate(operations, 'FLOP/s')}, operations with pixels, not with padding), whichever "
+        "takes longer, as a share of the fused channels_last time."
     )
 
 

@@ -4,6 +4,10 @@ Every tensor that a step must read or write is counted once per pass over it; we
 vectors and cache hits are left out. Tensors are named as in the derivation: x is the input, y1 and
 y2 the outputs of the first two convolutions (width M), `wide` any tensor of the output's size,
 x_s the strided pixels of x that a downsample reads.
+
+Operations are two for each multiply-add. A network's published size counts those with the zeros
+around an image too (`convolution_flops`), which no one need compute: what a stage needs
+(`fused_stages`), and the rates that it is held against (roofline.py), count those with pixels.
 """
 
 from __future__ import annotations
@@ -96,7 +100,7 @@ def fused_stages(shape: BlockShape, batch: int, itemsize: int) -> dict[str, Cost
     x_s = s.x_s if shape.downsample else 0
     identity = 0 if shape.downsample else s.x
     grad_out = s.wide + s.mask
-    conv1, conv2, conv3, downsample = _convolution_operations(shape, batch)
+    conv1, conv2, conv3, downsample = _necessary_operations(shape, batch)
     # Half of a covariance is computed: it is symmetric. The products with B, [M, M] and [C, C].
     narrow = 2.0 * batch * shape.out_size**2 * shape.width**2
     shortcut = 2.0 * batch * shape.out_size**2 * shape.in_channels**2 if shape.downsample else 0
@@ -131,6 +135,19 @@ def _convolution_operations(shape: BlockShape, batch: int) -> tuple[float, float
     )
 
 
+def pixel_share(size: int, kernel: int, stride: int, padding: int) -> float:
+    """The part of a square convolution's multiply-adds whose factor is a pixel, not padding."""
+    outputs = (size + 2 * padding - kernel) // stride + 1
+    inputs = [o * stride + tap - padding for o in range(outputs) for tap in range(kernel)]
+    return (sum(0 <= i < size for i in inputs) / len(inputs)) ** 2
+
+
+def _necessary_operations(shape: BlockShape, batch: int) -> tuple[float, float, float, float]:
+    """Of the four convolutions, without those on padding."""
+    conv1, conv2, conv3, downsample = _convolution_operations(shape, batch)
+    return conv1, conv2 * pixel_share(shape.size, 3, shape.stride, 1), conv3, downsample
+
+
 def convolution_flops(shape: BlockShape, batch: int) -> float:
     """Operations of one forward pass: two per multiply-add of each convolution."""
     return sum(_convolution_operations(shape, batch))
@@ -144,4 +161,4 @@ def step_flops(shape: BlockShape, batch: int) -> float:
 def fused_extra_flops(shape: BlockShape, batch: int) -> float:
     """Operations that only the fused plan has: Gram matrices (F3) and the B terms (B2, B6)."""
     stages = fused_stages(shape, batch, itemsize=1).values()
-    return sum(cost.operations for cost in stages) - step_flops(shape, batch)
+    return sum(cost.operations for cost in stages) - 3 * sum(_necessary_operations(shape, batch))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks import bench_block, checked, peers, records, report, tables, traffic
+from benchmarks import bench_block, checked, peers, records, report, roofline, tables, traffic
 from benchmarks.cases import (
     BASELINE,
     NORM_BOUNDS,
@@ -152,7 +152,35 @@ def test_stages_add_up_to_the_plan() -> None:
     assert len(stages) == 10
     assert sum(cost.moved for cost in stages.values()) == traffic.fused_bytes(shape, 16, 4)
     forward = sum(stages[name].operations for name in ("F1", "F2", "F4"))
-    assert forward == traffic.convolution_flops(shape, 16)
+    on_padding = traffic.convolution_flops(shape, 16) - forward
+    # Of 28x28 outputs those at the top and at the left meet padding with one row or column of taps.
+    conv2 = 2.0 * 16 * shape.width**2 * (28 * 28 * 9)
+    assert on_padding == pytest.approx(conv2 * (1 - (83 / 84) ** 2))
+    assert sum(s.operations for s in stages.values()) == pytest.approx(
+        3 * forward + traffic.fused_extra_flops(shape, 16)
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding"),
+    [(7, 3, 1, 1), (8, 3, 2, 1), (9, 5, 2, 2), (6, 1, 1, 0)],
+)
+def test_pixel_share_is_what_a_convolution_sees(
+    size: int, kernel: int, stride: int, padding: int
+) -> None:
+    ones = torch.ones(1, 1, size, size), torch.ones(1, 1, kernel, kernel)
+    taps = nn.functional.conv2d(*ones, stride=stride, padding=padding)
+    share = traffic.pixel_share(size, kernel, stride, padding)
+    assert share == pytest.approx(taps.sum().item() / (taps.numel() * kernel**2))
+
+
+def test_a_rate_counts_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a convolution that takes a second."""
+    second = summarize([1.0])
+    monkeypatch.setattr(roofline, "measure", lambda runs, *_: dict.fromkeys(runs, second))
+    small = {"copy_bytes": 16, "product_size": 8}
+    peaks = measure_peaks(CPU, torch.float32, 2, 2, **small, convolutions=[(4, 8, 3, 7)])
+    assert peaks.convolution_rate == pytest.approx(2.0 * 2 * 4 * 8 * (3 * 7 - 2) ** 2)
 
 
 def inputs_of(shape: BlockShape, dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
