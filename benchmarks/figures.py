@@ -24,6 +24,7 @@ SPEEDUP_ANY_SHAPE = (1.0, 1.15)
 SPEEDUP_WITHOUT_FAULTS = (1.0, 1.25)
 KEEPING_ALLOCATORS = ("libtcmalloc", "libjemalloc", "libmimalloc")
 MEMORY_RATIO = (0.55, 0.55)
+FLOOR_SHARE = (0.8, 0.8)
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,12 @@ def floor(run: Run, shape: str, phase: str) -> float:
     return plan_floor(costs, Peaks(**run["peaks"]), FORWARD_STAGES if phase == "forward" else None)
 
 
+def floor_share(run: Run, shape: str, phase: str) -> float:
+    """That floor over the median time of the fused block in channels_last."""
+    fused = by_shape_and_variant(run)[shape, "fused channels_last"]
+    return floor(run, shape, phase) / fused[phase]["median"]
+
+
 def speedup(records: Records, shape: str, layout: str, phase: str = "step") -> float:
     """Median time of the reference over that of the fused block, both in `layout`."""
     reference, fused = (records[shape, f"{kind} {layout}"] for kind in ("reference", "fused"))
@@ -119,6 +126,9 @@ def figures(run: Run) -> list[Figure]:
     for shape in shape_names(run):
         value = max(memory_ratio(records, shape, layout) for layout in LAYOUTS)
         rows.append(Figure(f"{shape}, kept for backward", value, MEMORY_RATIO, at_most=True))
+    for shape in shape_names(run):
+        value = floor_share(run, shape, "step")
+        rows.append(Figure(f"{shape}, floor over time", value, FLOOR_SHARE))
     return rows
 
 

@@ -10,7 +10,7 @@ from benchmarks.figures import (
     TARGET_SETTINGS,
     by_shape_and_variant,
     figures,
-    floor,
+    floor_share,
     memory_ratio,
     peer_speedup,
     peers,
@@ -101,8 +101,7 @@ def time_table(run: Run, phase: str) -> str:
         for peer in peers(run):
             ratio = peer_speedup(records, shape, peer, phase)
             row.append("-" if ratio is None else f"{ratio:.2f}")
-        fused = records[shape, "fused channels_last"][phase]["median"]
-        rows.append([*row, f"{100 * floor(run, shape, phase) / fused:.0f} %"])
+        rows.append([*row, f"{100 * floor_share(run, shape, phase):.0f} %"])
     return markdown(header, rows)
 
 
