@@ -386,7 +386,6 @@ def least_seconds(run: Run) -> float:
 def test_figures_met_and_missed() -> None:
     rows = {figure.description: (figure.value, figure.met) for figure in figures(fixed_run())}
     share = least_seconds(fixed_run()) / 0.12
-    assert share < 0.8
     assert rows == {
         "256-64@56, speed-up contiguous": (2.0, (True, False)),
         "256-64@56, speed-up channels_last": (1.25, (False, False)),
@@ -398,9 +397,12 @@ def test_figures_met_and_missed() -> None:
     assert [(f.value, f.met) for f in figures(keeping)] == [
         (1.25, (True, True)),
         (0.4, (True, True)),
-        (share, (False, False)),
+        (share, (True, True)),
     ]
     assert "libtcmalloc_minimal.so.4 preloaded" in tables.caption(keeping)
+    faster = fixed_run()
+    faster["peaks"]["convolution_rate"] *= 2
+    assert figures(faster)[-1].met == (False, False)
     assert figures(fixed_run(batch=2)) == []
     assert "float32" in tables.figures_table(fixed_run(batch=2))
 
