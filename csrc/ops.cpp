@@ -212,11 +212,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
       "float most_cancellation, Tensor(a!) y1, Tensor(b!) y2, Tensor(c!)[] kept, Tensor(d!) out, "
       "Tensor(e!) mask, Tensor(f!) scratch) -> (Tensor[] states, Tensor[] reported)");
 
-  // The gradients of weight (empty if not needed), bias, gamma and beta of each unit.
+  // The gradients of bias, gamma and beta of each unit. weight_grads: of each unit's weight,
+  // contiguous in the order of its memory, the 3x3 one's [M, 3, 3, M]; of conv1 and conv2 left
+  // alone if not needed.
   m.def(
       "block_backward_(Tensor grad_out, Tensor x, bool identity, Tensor[] weights, "
       "Tensor?[] gammas, Tensor?[] betas, Tensor[] saved, int[] sizes, int[] images, "
-      "bool[] needs_weight, Tensor(a!)? grad_x, Tensor(b!) scratch) -> Tensor[]");
+      "bool[] needs_weight, Tensor(a!)[] weight_grads, Tensor(b!)? grad_x, Tensor(c!) scratch) -> "
+      "Tensor[]");
 
   // out[first + b] = x[b]^T, contiguous [B, R, C] to [.., C, R]: between contiguous and
   // channels_last.

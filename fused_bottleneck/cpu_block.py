@@ -25,7 +25,7 @@ from .units import Unit, UnitGrads
 _passes = torch.ops.fused_bottleneck
 
 _STATES_OF_CONVS = 4  # mean and invstd of conv1's and conv2's normalisations
-_GRADS_PER_UNIT = 4
+_GRADS_OF_NORM = 3  # of bias, gamma and beta
 _GRAM = -1  # in place of the number of images
 Shape = tuple[int, ...]
 
@@ -178,6 +178,9 @@ class CpuBlockStages(CpuProductStages):
         grad_x = None
         if needs_x:
             grad_x = self._result(x) if channels_last else self._scratch(x)
+        weight_grads = [
+            result_empty(unit.weight.shape, x.dtype, unit.weight.shape[2] > 1) for unit in units
+        ]
         flat = _passes.block_backward_(
             grad.grad_out,
             x,
@@ -189,14 +192,17 @@ class CpuBlockStages(CpuProductStages):
             block.sizes,
             block.images,
             needs_weight,
+            [t.permute(0, 2, 3, 1) for t in weight_grads],
             grad_x,
             self._lend(block.scratch_bytes(True, True)),
         )
         grads = [
-            UnitGrads(*flat[i : i + _GRADS_PER_UNIT]) for i in range(0, len(flat), _GRADS_PER_UNIT)
+            UnitGrads(
+                weight if needed else weight.new_empty(0),
+                *flat[i * _GRADS_OF_NORM : (i + 1) * _GRADS_OF_NORM],
+            )
+            for i, (weight, needed) in enumerate(zip(weight_grads, needs_weight, strict=True))
         ]
-        if needs_weight[1]:
-            grads[1] = grads[1]._replace(weight=grads[1].weight.permute(0, 3, 1, 2))
         if grad_x is not None and not channels_last:
             grad_x = self._from_channels_last(grad_x)
         return grad_x, grads

@@ -3,6 +3,7 @@
 The same ops in the same order: every bit is to be the same.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -234,6 +235,44 @@ def test_what_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
     strided = block_of("identity")
     strided.conv1.weight = nn.Parameter(strided.conv1.weight.detach().repeat(1, 2, 1, 1)[:, ::2])
     assert not served(strided, x)
+
+
+def test_weight_gradients_take_the_memory_of_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not of those that someone holds: those keep their values."""
+    case = Case(1024, 256, size=(1, 14, 14))  # each weight has a mebibyte at least
+    block = case.module(FusedBottleneck).float().to(memory_format=torch.channels_last)
+    x = case.input().float()
+    weights = [p for p in block.parameters() if p.dim() == 4]
+
+    def grads() -> list[Tensor]:
+        block.zero_grad(set_to_none=True)
+        assert step(block, x, torch.channels_last, monkeypatch).whole  # type: ignore[arg-type]
+        return [w.grad for w in weights if w.grad is not None]
+
+    places = {g.data_ptr() for g in grads()}
+    held = grads()
+    assert {g.data_ptr() for g in held} == places
+    values = [g.clone() for g in held]
+    assert places.isdisjoint(g.data_ptr() for g in grads())
+    for now, then in zip(held, values, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:1], lambda t: t.double(), lambda t: t.mT])
+def test_memory_that_is_no_gradients_is_an_error(
+    change: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result_empty = cpu_block.result_empty
+
+    def changed(shape: Sequence[int], *arguments: object) -> Tensor:
+        result = result_empty(shape, *arguments)  # type: ignore[arg-type]
+        return change(result) if shape[2:] == (3, 3) else result
+
+    block, x = block_of("identity"), CASES["identity"].input().float()
+    out = block(x)
+    monkeypatch.setattr(cpu_block, "result_empty", changed)
+    with pytest.raises(RuntimeError, match="block_backward_: expected weight_grads to be float32"):
+        out.sum().backward()
 
 
 def test_scratch_that_is_too_small_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

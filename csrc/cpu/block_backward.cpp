@@ -12,9 +12,9 @@ namespace {
 
 using Sums = std::tuple<Tensor, Tensor>;
 
-// The gradients of a unit's weight, gamma and beta; the bias's is zero.
+// The gradients of a unit's gamma and beta; the bias's is zero.
 struct UnitGrads {
-  Tensor weight, gamma, beta;
+  Tensor gamma, beta;
 };
 
 // What a tail unit's operand has for its gradient: the coefficients of a product with g, or the
@@ -31,12 +31,14 @@ struct TailState {
 
 class Backward {
  public:
-  Backward(const BlockSizes& sizes, const Tensor& grad_out, const Tensor& mask, const Tensor& lent)
+  Backward(const BlockSizes& sizes, const Tensor& grad_out, const Tensor& mask,
+           const std::vector<Tensor>& weight_grads, const Tensor& lent)
       : at(sizes),
         grads(sizes.has_downsample() ? 4 : 3),
         sizes_(sizes),
         grad_out_(grad_out),
         mask_(mask),
+        weight_grads_(weight_grads),
         memory_(data_of(lent)),
         workspace_(workspace_of("block_backward_", lent, at.layout.bytes, at.workspace)) {}
 
@@ -47,11 +49,13 @@ class Backward {
                 const TailState& state, const Pixels& operand, const Pixels& product) {
     const Tensor rows = weight_rows(weight), d = operand.matrix();
     const Tensor a = folded_weight(rows, gamma, state.invstd);
-    const auto [sum_g, s] = masked_products_(grad_out_, mask_, d, a, product.matrix(), workspace_);
+    const Tensor s = matrix_over(data_of(weight_grads_[unit]), rows.size(0), rows.size(1));
+    const Tensor sum_g =
+        masked_products_into(grad_out_, mask_, d, a, product.matrix(), s, workspace_);
     const auto [dgamma, b, shift] =
         fold_backward_(rows, gamma, state.invstd, state.offset, *state.mean_d, *state.weight_cov, a,
                        s, sum_g, sizes_.out_rows(), workspace_);
-    grads[unit] = {s, dgamma, sum_g};
+    grads[unit] = {dgamma, sum_g};
     operands_[unit - 2] = {b, shift, std::nullopt};
   }
 
@@ -70,9 +74,8 @@ class Backward {
     const Sums sums = masked_bn_backward_reduce(grad_out_, mask_, wide, mean, state.invstd);
     const auto [k0, k1] = grad_coefficients(sums, state.invstd, y.rows());
     masked_bn_backward_(grad_out_, mask_, wide, mean, scale_of(gamma, state.invstd), k0, k1, wide);
-    grads[unit] = {
-        needed ? transposed_product(wide, operand.matrix(), workspace_) : new_vector(mean, 0),
-        std::get<1>(sums), std::get<0>(sums)};
+    if (needed) transposed_product_into(wide, operand.matrix(), weight_grads_[unit], workspace_);
+    grads[unit] = {std::get<1>(sums), std::get<0>(sums)};
     operands_[unit - 2] = {std::nullopt, std::nullopt, wide};
   }
 
@@ -97,16 +100,15 @@ class Backward {
     const Tensor matrix = g.matrix();
     const Sums sums = bn_backward_reduce_(matrix, std::nullopt, std::nullopt, y1, norm.mean,
                                           norm.invstd, norm.scale, norm.beta, matrix);
-    grads[1].weight = needed ? winograd_weight_grad(dy2.nhwc(), Pixels(y1).nhwc(), sizes_.stride,
-                                                    workspace_, norm.mean, norm.scale, norm.beta)
-                             : new_vector(norm.mean, 0);
+    if (needed)
+      winograd_weight_grad_into(dy2.nhwc(), Pixels(y1).nhwc(), sizes_.stride, weight_grads_[1],
+                                workspace_, norm.mean, norm.scale, norm.beta);
     finish(0, g, y1, norm, sums);
   }
 
   // B5.
   void conv1(const Pixels& dy1, const Tensor& x, bool needed) {
-    grads[0].weight =
-        needed ? transposed_product(dy1.matrix(), x, workspace_) : new_vector(grads[0].beta, 0);
+    if (needed) transposed_product_into(dy1.matrix(), x, weight_grads_[0], workspace_);
   }
 
   // B6: grad_x = dy1 W1, plus g or the downsample's part.
@@ -160,6 +162,7 @@ class Backward {
   const BlockSizes& sizes_;
   const Tensor& grad_out_;
   const Tensor& mask_;
+  const std::vector<Tensor>& weight_grads_;
   float* memory_;
   Tensor workspace_;
   OperandGrad operands_[2];
@@ -170,14 +173,15 @@ std::vector<Tensor> block_backward_(
     const std::vector<OptionalTensor>& gammas, const std::vector<OptionalTensor>& betas,
     const std::vector<Tensor>& saved, const std::vector<int64_t>& sizes,
     const std::vector<int64_t>& images, const std::vector<bool>& needs_weight,
-    const OptionalTensor& grad_x, const Tensor& scratch) {
+    const std::vector<Tensor>& weight_grads, const OptionalTensor& grad_x, const Tensor& scratch) {
   const BlockSizes block(sizes, images);
   STD_TORCH_CHECK(saved.size() == block.saved(), "block_backward_: expected ", block.saved(),
                   " saved tensors, got ", saved.size());
   const Tensor &y1 = saved[0], &y2 = saved[1], &mask = saved[2];
   block.check("block_backward_", x, y1, y2, weights.size());
   STD_TORCH_CHECK(gammas.size() == weights.size() && betas.size() == weights.size() &&
-                      needs_weight.size() == weights.size(),
+                      needs_weight.size() == weights.size() &&
+                      weight_grads.size() == weights.size(),
                   "block_backward_: expected lists with an entry per unit");
   check_images("block_backward_", "grad_out", grad_out,
                {block.count, block.out_channels, block.out_height, block.out_width});
@@ -186,7 +190,14 @@ std::vector<Tensor> block_backward_(
     return Norm{mean, invstd, scale_of(gammas[unit], invstd), betas[unit]};
   };
   const Norm norm1 = norm(0), norm2 = norm(1);
-  Backward backward(block, grad_out, mask, scratch);
+  for (size_t unit = 0; unit < weights.size(); ++unit)
+    STD_TORCH_CHECK(weight_grads[unit].numel() == weights[unit].numel() &&
+                        weight_grads[unit].is_contiguous() && weight_grads[unit].is_cpu() &&
+                        weight_grads[unit].scalar_type() == ScalarType::Float,
+                    "block_backward_: expected weight_grads to be float32 of the weights' sizes, "
+                    "contiguous, on the CPU, got ",
+                    describe(weight_grads[unit]));
+  Backward backward(block, grad_out, mask, weight_grads, scratch);
   const auto at = [&](int64_t offset) { return backward.scratch(offset); };
   std::vector<TailState> states;
   size_t next = kSavedOfConvs;
@@ -231,7 +242,7 @@ std::vector<Tensor> block_backward_(
   std::vector<Tensor> results;
   for (const UnitGrads& unit : backward.grads) {
     const Tensor bias = vector_of(unit.beta, unit.beta.numel(), [](int64_t) { return 0.0f; });
-    results.insert(results.end(), {unit.weight, bias, unit.gamma, unit.beta});
+    results.insert(results.end(), {bias, unit.gamma, unit.beta});
   }
   return results;
 }

@@ -50,12 +50,14 @@ std::tuple<Tensor, Tensor> product_bn_backward_reduce_(
     const Tensor& scale, const OptionalTensor& beta, const Tensor& g, const Tensor& workspace);
 
 // pixel_products.cpp
-Tensor transposed_product(const Tensor& a, const Tensor& b, const Tensor& workspace);
+void transposed_product_into(const Tensor& a, const Tensor& b, const Tensor& out,
+                             const Tensor& workspace);
 std::tuple<Tensor, Tensor> gram(const Tensor& d, const Tensor& workspace);
 std::tuple<Tensor, Tensor> gram_in_double(const Tensor& d, const Tensor& workspace);
-std::tuple<Tensor, Tensor> masked_products_(const Tensor& grad_out, const Tensor& mask,
-                                            const Tensor& d, const Tensor& weight,
-                                            const Tensor& out, const Tensor& workspace);
+// s into `total`; returns sum_g.
+Tensor masked_products_into(const Tensor& grad_out, const Tensor& mask, const Tensor& d,
+                            const Tensor& weight, const Tensor& out, const Tensor& total,
+                            const Tensor& workspace);
 
 // fold.cpp
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fold_product(
@@ -75,9 +77,10 @@ int64_t winograd_workspace(int64_t count, int64_t height, int64_t width, int64_t
 void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool transposed,
                     const Tensor& out, const Tensor& workspace, const OptionalTensor& mean,
                     const OptionalTensor& scale, const OptionalTensor& beta);
-Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
-                            const Tensor& workspace, const OptionalTensor& mean,
-                            const OptionalTensor& scale, const OptionalTensor& beta);
+void winograd_weight_grad_into(const Tensor& grad, const Tensor& x, int64_t stride,
+                               const Tensor& out, const Tensor& workspace,
+                               const OptionalTensor& mean, const OptionalTensor& scale,
+                               const OptionalTensor& beta);
 
 // transpose.cpp
 void transpose_(const Tensor& x, const Tensor& out, int64_t first);

@@ -70,13 +70,9 @@ class PixelProduct {
                          {whole ? next_rows(block, wide) : Ahead{}, next_rows(block, narrow)}});
   }
 
-  // [wide, narrow], or [narrow, wide] if transposed; on the device of `like`.
-  Tensor total(const Tensor& like, bool transposed) const {
-    const std::vector<int64_t> sizes =
-        transposed ? std::vector<int64_t>{narrow_, wide_} : std::vector<int64_t>{wide_, narrow_};
-    Tensor out = torch::stable::new_empty(like, sizes, ScalarType::Float);
+  // Into a contiguous matrix [wide, narrow], or [narrow, wide] if transposed.
+  void total_into(const Tensor& out, bool transposed) const {
     unpack({static_cast<float*>(out.mutable_data_ptr()), nullptr}, transposed);
-    return out;
   }
 
   // Of a symmetric product, in T: float or double.

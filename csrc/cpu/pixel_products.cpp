@@ -12,7 +12,8 @@
 #include "pixel_product.h"
 
 namespace fused_bottleneck::cpu {
-Tensor transposed_product(const Tensor& a, const Tensor& b, const Tensor& lent) {
+void transposed_product_into(const Tensor& a, const Tensor& b, const Tensor& out,
+                             const Tensor& lent) {
   constexpr const char* op = "transposed_product";
   check_matrix(op, "a", a);
   const int64_t rows = matrix_rows(a);
@@ -35,7 +36,16 @@ Tensor transposed_product(const Tensor& a, const Tensor& b, const Tensor& lent) 
                         nullptr, product.right(block), nullptr});
     product.add(block, &left, &right);
   });
-  return product.total(a, swapped);
+  product.total_into(out, swapped);
+}
+
+Tensor transposed_product(const Tensor& a, const Tensor& b, const Tensor& lent) {
+  check_matrix("transposed_product", "a", a);
+  check_matrix("transposed_product", "b", b);
+  Tensor out =
+      torch::stable::new_empty(a, {matrix_channels(a), matrix_channels(b)}, ScalarType::Float);
+  transposed_product_into(a, b, out, lent);
+  return out;
 }
 
 namespace {
@@ -78,9 +88,9 @@ std::tuple<Tensor, Tensor> gram_in_double(const Tensor& d, const Tensor& workspa
   return symmetric_product("gram_in_double", d, workspace, ScalarType::Float, true);
 }
 
-std::tuple<Tensor, Tensor> masked_products_(const Tensor& grad_out, const Tensor& mask,
-                                            const Tensor& d, const Tensor& weight,
-                                            const Tensor& out, const Tensor& lent) {
+Tensor masked_products_into(const Tensor& grad_out, const Tensor& mask, const Tensor& d,
+                            const Tensor& weight, const Tensor& out, const Tensor& total,
+                            const Tensor& lent) {
   constexpr const char* op = "masked_products_";
   const Arguments args(op, "grad_out", grad_out);
   const ScalarType dtype = product_dtype(grad_out);
@@ -138,8 +148,18 @@ std::tuple<Tensor, Tensor> masked_products_(const Tensor& grad_out, const Tensor
       if (!in_place) kernels.write_values({part, narrow, computed, result});
     }
   });
-  return {sum_parts(args, blocks.threads, [&](int64_t thread) { return sums.first(thread); }),
-          s.total(grad_out, false)};
+  s.total_into(total, false);
+  return sum_parts(args, blocks.threads, [&](int64_t thread) { return sums.first(thread); });
+}
+
+std::tuple<Tensor, Tensor> masked_products_(const Tensor& grad_out, const Tensor& mask,
+                                            const Tensor& d, const Tensor& weight,
+                                            const Tensor& out, const Tensor& workspace) {
+  check_matrix("masked_products_", "grad_out", grad_out);
+  check_matrix("masked_products_", "d", d);
+  const Tensor s = torch::stable::new_empty(
+      grad_out, {matrix_channels(grad_out), matrix_channels(d)}, ScalarType::Float);
+  return {masked_products_into(grad_out, mask, d, weight, out, s, workspace), s};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_bottleneck, CPU, m) {

@@ -368,9 +368,9 @@ void winograd_conv_(const Tensor& x, const Tensor& weight, int64_t stride, bool 
   }
 }
 
-Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride, const Tensor& lent,
-                            const OptionalTensor& mean, const OptionalTensor& scale,
-                            const OptionalTensor& beta) {
+void winograd_weight_grad_into(const Tensor& grad, const Tensor& x, int64_t stride,
+                               const Tensor& out, const Tensor& lent, const OptionalTensor& mean,
+                               const OptionalTensor& scale, const OptionalTensor& beta) {
   constexpr const char* op = "winograd_weight_grad";
   const Images dy = images(op, "grad", grad), from = images(op, "x", x);
   const WinogradKernels& kernels =
@@ -417,12 +417,20 @@ Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
                            {}});
     }
   });
-  Tensor out = torch::stable::new_empty(grad, {dy.channels, 3, 3, from.channels});
   auto* to = static_cast<float*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, dy.channels / kLeft, 1, [&](int64_t begin, int64_t end) {
     kernels.transform_sums({begin * kLeft, end * kLeft, from.channels, sums, plan.sums,
                             plan.blocks.threads, part_step, to});
   });
+}
+
+Tensor winograd_weight_grad(const Tensor& grad, const Tensor& x, int64_t stride,
+                            const Tensor& workspace, const OptionalTensor& mean,
+                            const OptionalTensor& scale, const OptionalTensor& beta) {
+  constexpr const char* op = "winograd_weight_grad";
+  const int64_t width = images(op, "grad", grad).channels, depth = images(op, "x", x).channels;
+  Tensor out = torch::stable::new_empty(grad, {width, 3, 3, depth});
+  winograd_weight_grad_into(grad, x, stride, out, workspace, mean, scale, beta);
   return out;
 }
 
