@@ -80,7 +80,8 @@ def caption(run: Run) -> str:
         "that of fused channels_last. Floor: the ten fused stages, each at the measured rate of a "
         f"copy ({rate(peaks['copy_bandwidth'], 'B/s')}) or of the fastest product "
         f"({rate(operations, 'FLOP/s')}, operations with pixels, not with padding), whichever "
-        "takes longer, as a share of the fused channels_last time."
+        "takes longer, as a share of the fused channels_last time; above 100 % where Winograd's "
+        "filtering took fewer operations."
     )
 
 
