@@ -58,8 +58,8 @@ def text(run: Run) -> str:
         "and compute: operations with pixels, not with padding. Floor: the longer of its bytes at "
         f"the rate of a copy ({rate(peaks.copy_bandwidth, 'B/s')}) and its operations at that of "
         f"the fastest product ({rate(peaks.operation_rate, 'FLOP/s')}), measured in the same run; "
-        "above 100 % its operands came from a cache, Winograd's filtering took fewer operations, or "
-        "B1 computed the product of B2 or B6 with g in its own pass, which stays below."
+        "above 100 % its operands came from a cache, Winograd's filtering took fewer operations, "
+        "or B1 computed the product of B2 or B6 with g in its own pass, and stays below for it."
     )
     return f"{caption}\n\n{markdown(header, rows)}"
 
