@@ -213,8 +213,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_bottleneck, m) {
       "Tensor(e!) mask, Tensor(f!) scratch) -> (Tensor[] states, Tensor[] reported)");
 
   // The gradients of bias, gamma and beta of each unit. weight_grads: of each unit's weight,
-  // contiguous in the order of its memory, the 3x3 one's [M, 3, 3, M]; of conv1 and conv2 left
-  // alone if not needed.
+  // contiguous in the order of its memory, the 3x3 one's [M, 3, 3, M]; empty if it is not needed,
+  // but for a tail unit in the gram way, which computes it anyway.
   m.def(
       "block_backward_(Tensor grad_out, Tensor x, bool identity, Tensor[] weights, "
       "Tensor?[] gammas, Tensor?[] betas, Tensor[] saved, int[] sizes, int[] images, "

@@ -178,8 +178,13 @@ class CpuBlockStages(CpuProductStages):
         grad_x = None
         if needs_x:
             grad_x = self._result(x) if channels_last else self._scratch(x)
+        tails = zip(needs_weight[2:], block.plans, strict=True)
+        written = [*needs_weight[:2], *(needed or plan.gram for needed, plan in tails)]
         weight_grads = [
-            result_empty(unit.weight.shape, x.dtype, unit.weight.shape[2] > 1) for unit in units
+            result_empty(unit.weight.shape, x.dtype, unit.weight.shape[2] > 1)
+            if computed
+            else x.new_empty(0, 0, 0, 0)
+            for unit, computed in zip(units, written, strict=True)
         ]
         flat = _passes.block_backward_(
             grad.grad_out,
@@ -197,11 +202,8 @@ class CpuBlockStages(CpuProductStages):
             self._lend(block.scratch_bytes(True, True)),
         )
         grads = [
-            UnitGrads(
-                weight if needed else weight.new_empty(0),
-                *flat[i * _GRADS_OF_NORM : (i + 1) * _GRADS_OF_NORM],
-            )
-            for i, (weight, needed) in enumerate(zip(weight_grads, needs_weight, strict=True))
+            UnitGrads(weight, *flat[i * _GRADS_OF_NORM : (i + 1) * _GRADS_OF_NORM])
+            for i, weight in enumerate(weight_grads)
         ]
         if grad_x is not None and not channels_last:
             grad_x = self._from_channels_last(grad_x)

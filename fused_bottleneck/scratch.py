@@ -48,8 +48,8 @@ class _Result(NamedTuple):
 # garbage collector or a signal runs in between may ask for memory, or release it.
 _results: dict[int, _Result] = {}
 _handed_out = count()
-# A step of a ResNet-152 hands out 322 results, one of a ResNet-50 96. What is in use for
-# longer than a step is the user's to keep.
+# A step of a ResNet-152 hands out 322 results, one of a ResNet-50 96. What is in use for longer
+# than a step is the user's to keep.
 _STALE_IN_USE = 512
 _STALE_UNUSED = 1024
 

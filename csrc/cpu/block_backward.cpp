@@ -190,13 +190,15 @@ std::vector<Tensor> block_backward_(
     return Norm{mean, invstd, scale_of(gammas[unit], invstd), betas[unit]};
   };
   const Norm norm1 = norm(0), norm2 = norm(1);
-  for (size_t unit = 0; unit < weights.size(); ++unit)
-    STD_TORCH_CHECK(weight_grads[unit].numel() == weights[unit].numel() &&
-                        weight_grads[unit].is_contiguous() && weight_grads[unit].is_cpu() &&
-                        weight_grads[unit].scalar_type() == ScalarType::Float,
+  for (size_t unit = 0; unit < weights.size(); ++unit) {
+    if (!needs_weight[unit] && (unit < 2 || !block.is_gram(unit - 2))) continue;
+    const Tensor& t = weight_grads[unit];
+    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous() &&
+                        t.numel() == weights[unit].numel(),
                     "block_backward_: expected weight_grads to be float32 of the weights' sizes, "
                     "contiguous, on the CPU, got ",
-                    describe(weight_grads[unit]));
+                    describe(t));
+  }
   Backward backward(block, grad_out, mask, weight_grads, scratch);
   const auto at = [&](int64_t offset) { return backward.scratch(offset); };
   std::vector<TailState> states;
